@@ -1,0 +1,267 @@
+"""The training loop as its users meet it: real videos, real processes, wrong flags."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A learnable handful: toy videos of two classes, 24 to train, 8 to evaluate."""
+    root = tmp_path_factory.mktemp("data") / "motions"
+    for seed, (split, pairs) in enumerate({"train": 12, "val": 4}.items()):
+        for name in ("grows", "shrinks"):
+            (root / split / name).mkdir(parents=True)
+        for i in range(pairs):
+            frames = data.toy_video("grows", np.random.default_rng([seed, i]))
+            data.write_video(root / split / "grows" / f"{i}.mp4", frames)
+            data.write_video(root / split / "shrinks" / f"{i}.mp4", frames[::-1])
+    return root
+
+
+def flags(folder, out, *more):
+    fixed = "--method aim --recipe toy --batch-size 8 --epochs 2 --warmup-epochs 0.5 --workers 0 --device cpu --num-frames 4"
+    return [*fixed.split(), "--data", str(folder), "--out", str(out), *map(str, more)]
+
+
+def run(*argv, processes=1, **kwargs):
+    command = [sys.executable, "train.py"]
+    if processes > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            "0",
+        ]
+        command += ["train.py"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.run([*command, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+
+
+def state(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["state"]
+
+
+def assert_same_state(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)))
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(*flags(folder, out))
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_leaves_a_summary_a_log_and_a_small_checkpoint(trained):
+    out, done = trained
+    for words in ("val top-1", "on 8 videos", "M tunable of", "checkpoint", "use it: python train.py --predict"):
+        assert words in done.stdout
+    assert "loss" in done.stderr and "top-1" in done.stderr  # the progress bar
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"train_loss", "train_top1", "top1", "top5", "videos", "lr", "seconds"} <= lines[0].keys()
+    assert not any(name.startswith("vit.") and "ln_post" not in name for name in state(out))
+    assert json.loads((out / "run.json").read_text())["method"] == "aim"
+
+
+def test_eval_and_predict_use_the_checkpoint(trained, folder):
+    out, done = trained
+    result = train.main(["--eval", "--checkpoint", str(out / "checkpoint.pt"), "--workers", "0"])
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert result["top1"] == pytest.approx(last["top1"]) and result["videos"] == 8
+    more = train.main(["--eval", "--checkpoint", str(out / "checkpoint.pt"), "--workers", "0", "--views", "2", "3"])
+    assert more["videos"] == 8
+    video = folder / "val" / "grows" / "0.mp4"
+    done = run("--predict", video, video, "--checkpoint", out / "checkpoint.pt")
+    assert done.returncode == 0 and done.stdout.count("grows") >= 2 and done.stdout.count("%") == 4
+
+
+def test_a_resumed_run_ends_with_the_same_bits(trained, folder, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    real = train.save
+
+    def save_once(checkpoint, path):
+        real(checkpoint, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", save_once)
+    torch.set_num_threads(1)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(folder, out))
+    assert stop.value.code == 130
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    monkeypatch.setattr(train, "save", real)
+    done = run(*flags(folder, out, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert_same_state(state(out), state(trained[0]))
+
+
+def test_accumulated_passes_give_the_same_weights(trained, folder, tmp_path):
+    still = ["--set", "dropout=0.0", "drop_path=0.0", "--epochs", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(flags(folder, whole, *still))
+    train.main(flags(folder, parts, *still, "--accumulate", 4))
+    assert_same_state(state(whole), state(parts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_weights_and_count_every_video_once(folder, tmp_path):
+    still = ["--set", "dropout=0.0", "drop_path=0.0", "--epochs", 1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main(flags(folder, one, *still))
+    done = run(*flags(folder, two, *still), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_state(state(one), state(two), rtol=1e-4, atol=1e-5)
+    assert json.loads((two / "log.jsonl").read_text())["videos"] == 8
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train.save({"run": {}, "state": {"a": torch.ones(3)}}, path)
+
+    def crash(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        train.save({"run": {}, "state": {"a": torch.zeros(3)}}, path)
+    assert train.load(path)["state"]["a"].sum() == 3
+
+
+def test_no_decay_on_biases_norms_and_embeddings():
+    settings = train.settings(train.parse(["--method", "aim", "--data", "toy", "--weight-decay", "0.1"]))
+    model = train.build(settings, 10, torch.device("cpu"))
+    names = {p: name for name, p in model.named_parameters()}
+    decayed = {names[p]: g["weight_decay"] for g in train.parameter_groups(model, settings) for p in g["params"]}
+    assert decayed.keys() == set(common.tuned_state(model))
+    for name, decay in decayed.items():
+        assert decay == (0.1 if name.endswith("weight") and "ln_" not in name else 0)
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine():
+    rates = [train.warmup_cosine(step, 100, 10) for step in range(101)]
+    assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1
+    assert rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0)
+    assert train.warmup_cosine(0, 100, 0) == 1
+
+
+def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
+    lists = {}
+    for split in ("train", "val"):
+        paths = [f"{p} {int(p.parent.name == 'shrinks')}" for p in sorted((folder / split).rglob("*.mp4"))]
+        broken = tmp_path / f"{split}-broken.mp4"
+        broken.write_text("no video")
+        lists[split] = tmp_path / f"{split}.txt"
+        lists[split].write_text("\n".join([*paths[:-1], f"{broken} 1"]))
+    out = tmp_path / "run"
+    done = run(*flags(lists["train"], out, "--val-data", lists["val"], "--epochs", 1))
+    assert done.returncode == 0, done.stderr
+    assert "on 7 videos" in done.stdout and "2 videos were skipped" in done.stdout
+    assert "train-broken.mp4" in done.stdout and "val-broken.mp4" in (out / "skipped.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("", "say what to train"),
+        ("--method aim", "say what to train"),
+        ("--method aimm --data toy", "invalid choice: 'aimm'"),
+        ("--method aim --data toy --epoch 3", "unrecognized arguments: --epoch"),
+        ("--method aim --data nowhere", "unknown data 'nowhere'"),
+        ("--method aim --data EMPTY", "it has no train/"),
+        ("--method aim --data FOLDER --backbone ViT-B-61", "unknown backbone 'ViT-B-61'"),
+        ("--method aim --data FOLDER --recipe k401", "no recipe 'k401'"),
+        ("--method aim --data FOLDER --recipe toy --pretrained nothing.pt", "neither a file nor"),
+        ("--method aim --data FOLDER --recipe toy --set rate=1", "ratio"),
+        ("--method aim --data FOLDER --recipe toy --set blocks=some", "every second"),
+        ("--method aim --data FOLDER --recipe toy --batch-size 1000", "do not fill a batch"),
+        ("--method aim --data FOLDER --recipe toy --batch-size 8 --accumulate 3", "no multiple"),
+        ("--method aim --data FOLDER --resume", "there is no run"),
+        ("--method aim --data FOLDER --recipe toy --device cuda", "finds no GPU"),
+        ("--method aim --data FOLDER --recipe toy --num-frames 17 --out OUT", "16 training videos in a row"),
+        ("--eval", "need --checkpoint"),
+        ("--eval --checkpoint nothing.pt", "there is no checkpoint"),
+        ("--eval --checkpoint WEIGHTS", "is not a checkpoint of train.py"),
+        ("--eval --checkpoint TEXT", "is not a checkpoint of train.py"),
+        ("--eval --checkpoint TRAINED --data FOUR", "2 classes"),
+        ("--eval --checkpoint TRAINED --method linear_probe", "is of --method aim"),
+        ("--eval --checkpoint TRAINED --backbone ViT-S-32 --pretrained none", "does not fit"),
+        ("--eval --checkpoint TRAINED --split test", "no test split"),
+        ("--predict nothing.mp4 --checkpoint TRAINED", "no such file"),
+        ("--method aim --data FOLDER --recipe toy --out RUN", "holds a run already"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence_with_exit_code_2(trained, folder, tmp_path, capsys, argv, says):
+    if "cuda" in argv and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    four = tmp_path / "four"
+    for split in ("train", "val"):
+        for name in "abcd":
+            (four / split / name).mkdir(parents=True)
+            (four / split / name / "0.mp4").touch()
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "weights.pt")
+    (tmp_path / "text.pt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    places = dict(
+        FOLDER=folder, EMPTY=tmp_path / "empty", OUT=tmp_path / "out", WEIGHTS=tmp_path / "weights.pt", RUN=trained[0]
+    )
+    places.update(TEXT=tmp_path / "text.pt", TRAINED=trained[0] / "checkpoint.pt", FOUR=four)
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(places.get(word, word)) for word in argv.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and "Traceback" not in error
+    assert len(error.strip().splitlines()[-1]) < 400
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(folder, tmp_path / "run", "--lr", "1e30"))
+    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+
+
+def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.parse(["--method", "aim", "--data", "toy"])
+    assert train.run_folder(args) == Path("runs/aim-toy")
+    Path("runs/aim-toy").mkdir(parents=True)
+    assert train.run_folder(args) == Path("runs/aim-toy-2")
+    args.resume = True
+    assert train.run_folder(args) == Path("runs/aim-toy")
+
+
+def test_bf16_trains_close_to_float32(folder, tmp_path):
+    still = ["--set", "dropout=0.0", "drop_path=0.0", "--epochs", 1]
+    for precision in ("fp32", "bf16"):
+        train.main(flags(folder, tmp_path / precision, *still, "--precision", precision))
+    losses = [json.loads((tmp_path / p / "log.jsonl").read_text())["train_loss"] for p in ("fp32", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+
+
+@pytest.mark.slow
+def test_the_readmes_training_command_learns(tmp_path):
+    """`python train.py --method aim --data toy`, whole, in a fresh place: at least 90 % over the monotone classes."""
+    done = run("--method", "aim", "--data", "toy", "--data-root", tmp_path, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert result["top1 monotone"] >= 90 and result["videos"] == data.TOY_CLIPS["val"]
