@@ -27,7 +27,7 @@ from common import classifier, freeze, load_strict, tensors_of
 
 
 class Adapter(nn.Module):
-    """The bottleneck of fig. 2(a), after Houlsby et al. (ICML 2019): fc D -> rD, GELU, fc rD -> D; the last starts at 0."""
+    """The bottleneck of fig. 2(a), after Houlsby et al. (ICML 2019): fc D -> rD, GELU, fc rD -> D from zero."""
 
     def __init__(self, width, ratio=0.25, skip=False):
         super().__init__()
@@ -105,6 +105,8 @@ class AIM(nn.Module):
         }
         if blocks not in chosen:
             raise ValueError(f"blocks is {blocks!r}; it must be one of: {', '.join(chosen)}")
+        if not 0 <= drop_path <= 1:
+            raise ValueError(f"drop_path is {drop_path}; it is a probability")
         self.num_frames = num_frames
         self.vit = freeze(clip)
         self.vit.ln_post.requires_grad_(True)
@@ -137,7 +139,7 @@ class AIM(nn.Module):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint, as `torch.load` gives it (nested, any prefix), into an `AIM`. Raises ValueError."""
+    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix. Raises ValueError if it does not fit."""
     renamed = {}
     for key, tensor in tensors_of(checkpoint).items():
         key = re.sub(r"^.*?cls_head\.fc_cls\.", "head.", key)
@@ -175,7 +177,7 @@ SSV2 = dict(
     span=0,
     views=(1, 3),
     label_smoothing=0.1,
-    augment=dict(crop=(0.08, 1.0), randaugment=(7, 4), erasing=0.25),
+    augment=dict(crop=(0.08, 1.0), randaugment=dict(num_ops=4, magnitude=7), erasing=0.25),
     model=dict(drop_path=0.2, temporal_in=True),
 )
 TOY = dict(

@@ -24,9 +24,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SHIPPED = Path(__file__).resolve().parent / "colab"  # NAME.json and NAME.safetensors of the CLIP that comes with us
 
 
-# ---------------------------------------------------------------------------------------------- the image tower
-
-
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP, written as a SiLU so that autograd keeps one tensor, not two."""
 
@@ -129,9 +126,6 @@ class ViT(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-# --------------------------------------------------------------------------------------------------- loading CLIP
-
-
 def load_clip(name, pretrained="openai", image_size=None, quick_gelu=None):
     """The image tower `name` of open_clip ("ViT-B-16", "ViT-L-14-336", ...) as a `ViT`.
 
@@ -166,7 +160,12 @@ def load_clip(name, pretrained="openai", image_size=None, quick_gelu=None):
     tag = None if pretrained is None else open_clip.get_pretrained_cfg(name, str(pretrained))
     state, is_openai_archive = None, False
     if pretrained is not None:
-        path = Path(open_clip.download_pretrained(tag)) if tag else Path(pretrained)
+        try:
+            path = Path(open_clip.download_pretrained(tag)) if tag else Path(pretrained)
+        except Exception as error:  # the hub's, the network's
+            raise FileNotFoundError(
+                f"cannot download {pretrained} of {name} ({type(error).__name__}); name a local file instead"
+            ) from error
         if not path.is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise FileNotFoundError(
@@ -179,6 +178,8 @@ def load_clip(name, pretrained="openai", image_size=None, quick_gelu=None):
 
     size = image_size or trained_size
     vit = ViT(size, patch_size, width, layers, width // head_width, mlp_ratio, config["embed_dim"], quick_gelu)
+    if tag:
+        vit.mean, vit.std = tag["mean"], tag["std"]  # most, but not all, are CLIP's own
     if state is not None:
         load_strict(vit, fit_positions(image_tower(state), vit), f"{pretrained} for {name}")
     return vit
@@ -186,24 +187,23 @@ def load_clip(name, pretrained="openai", image_size=None, quick_gelu=None):
 
 def read_weights(path):
     """The tensors of a checkpoint file, and whether it is a TorchScript archive (as OpenAI's are). No pickle is run."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from safetensors.torch import load_file
 
-        return load_file(path), False
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path), False
         if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             return torch.jit.load(path, map_location="cpu").state_dict(), True
         return tensors_of(torch.load(path, map_location="cpu", weights_only=True)), False
     except Exception as e:  # the unpickler, the zip reader and TorchScript each raise their own
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {str(e).splitlines()[0]}") from e
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from e
 
 
 def tensors_of(checkpoint):
     """The dictionary of tensors inside a checkpoint, however deeply nested ({"state_dict": {...}, "epoch": 3, ...})."""
-    if any(isinstance(v, torch.Tensor) for v in checkpoint.values()):
-        return {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
-    inner = [tensors_of(v) for v in checkpoint.values() if isinstance(v, dict)]
-    return max(inner, key=len, default={})
+    own = {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
+    return max([own, *(tensors_of(v) for v in checkpoint.values() if isinstance(v, dict))], key=len)
 
 
 def image_tower(state):
@@ -242,9 +242,6 @@ def load_strict(model, state, source):
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(f"the checkpoint {source} does not fit: it {what} {', '.join(keys[:3])}{more}")
     model.load_state_dict(state)
-
-
-# ------------------------------------------------------------------------------- what every video model here shares
 
 
 def freeze(vit):
@@ -326,29 +323,3 @@ def gflops(model, video):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(video)
     return counter.get_total_flops() / 2 / 1e9
-
-
-RECIPES = {  # of the baselines; AIM's own
-    "k400": dict(
-        epochs=30,
-        warmup_epochs=3,
-        batch_size=64,
-        lr=3e-4,
-        weight_decay=0.05,
-        span=128,
-        views=(3, 1),
-        augment=dict(crop=(0.08, 1.0), flip=0.5),
-    ),
-    "toy": dict(
-        backbone="ViT-Toy-16",
-        pretrained="shipped",
-        epochs=5,
-        warmup_epochs=0.5,
-        batch_size=16,
-        lr=8e-3,
-        weight_decay=0.05,
-        clip_grad=1.0,
-        eval_every=2,
-        model=dict(dropout=0.0),
-    ),
-}

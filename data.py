@@ -22,8 +22,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------- decoding
-
 
 class VideoError(ValueError):
     """This file cannot give the frames asked for; the text says which file and why."""
@@ -51,7 +49,7 @@ class Video:
         if not self.path.is_file():
             raise VideoError(f"{path}: no such file")
         try:
-            with av.open(str(path)) as container:
+            with self.open() as container:
                 if not container.streams.video:
                     raise VideoError(f"{path}: the file holds no video stream")
                 stream = container.streams.video[0]
@@ -83,17 +81,18 @@ class Video:
             except OrderError:
                 frames = self.count(wanted)
         except (av.FFmpegError, OSError, ValueError) as e:
-            raise VideoError(f"{self.path}: damaged, decoding stopped before frame {wanted[-1]} ({e})") from e
+            raise VideoError(f"{self.path}: damaged, decoding stops with: {e}") from e
         if len(frames) < len(wanted):
-            lost = next(n for n in wanted if n not in frames)
-            raise VideoError(f"{self.path}: damaged, frame {lost} of {len(self)} cannot be decoded")
+            raise VideoError(f"{self.path}: damaged, not all of its {len(self)} frames can be decoded")
+        if len({frame.shape for frame in frames.values()}) > 1:
+            raise VideoError(f"{self.path}: its frames differ in size")
         return np.stack([frames[int(n)] for n in numbers])
 
     def seek(self, wanted):
         """Decodes from the last keyframe before each wanted frame, unless going on from the last one is as near."""
         number = {t: i for i, t in enumerate(self.times)}
         frames, position = {}, -1
-        with av.open(str(self.path)) as container:
+        with self.open() as container:
             stream = self.stream(container)
             decoder = container.decode(stream)
             for n in wanted:
@@ -114,7 +113,7 @@ class Video:
     def count(self, wanted):
         """Decodes from the start and counts."""
         frames = {}
-        with av.open(str(self.path)) as container:
+        with self.open() as container:
             for n, frame in enumerate(container.decode(self.stream(container))):
                 if n in wanted:
                     frames[n] = self.upright_rgb(frame)
@@ -127,13 +126,13 @@ class Video:
         pixels = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
         return np.rot90(pixels, round(frame.rotation / 90) % 4)
 
+    def open(self):
+        return av.open(str(self.path), metadata_errors="ignore")  # a title in another encoding is no reason to refuse
+
     def stream(self, container):
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # loader workers already fill the cores
         return stream
-
-
-# ---------------------------------------------------------------------------------------------------------- sampling
 
 
 def segments(num_frames, T, rng=None, view=0, views=1):
@@ -157,21 +156,17 @@ def strided(num_frames, T, stride, rng=None, view=0, views=1):
     return np.minimum(start + stride * np.arange(T), num_frames - 1)
 
 
-# ------------------------------------------------------------------------------------------------------ augmentation
-
-
 def train_transform(size, augment):
     """What training does to a clip, uint8 (T, 3, H, W) -> (T, 3, size, size); one draw serves all frames.
 
     augment: a dict with any of `crop` (area range of the random resized crop), `flip` (probability), `randaugment`
-    ((operations, magnitude)), `erasing` (probability). Without `crop` the clip is resized and centred, as in testing.
+    (keywords of v2.RandAugment), `erasing` (probability). Without `crop`, as in testing.
     """
     steps = [v2.RandomResizedCrop(size, scale=augment["crop"]) if "crop" in augment else test_transform(size)]
     if "flip" in augment:
         steps.append(v2.RandomHorizontalFlip(augment["flip"]))
     if "randaugment" in augment:
-        operations, magnitude = augment["randaugment"]
-        steps.append(v2.RandAugment(operations, magnitude))
+        steps.append(v2.RandAugment(**augment["randaugment"]))
     if "erasing" in augment:
         steps.append(v2.RandomErasing(augment["erasing"]))
     return v2.Compose(steps)
@@ -186,13 +181,10 @@ def spatial_views(clip, size, views):
     """clip (T, 3, H, W) -> (views, T, 3, size, size), crops spread evenly along the long side; one is the centre."""
     clip = v2.functional.resize(clip, [size])
     H, W = clip.shape[-2:]
-    places = [(view + 1) / 2 if views == 1 else view / (views - 1) for view in range(views)]
+    places = [0.5] if views == 1 else [view / (views - 1) for view in range(views)]
     return torch.stack(
         [v2.functional.crop(clip, round((H - size) * p), round((W - size) * p), size, size) for p in places]
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- datasets
 
 
 TRIES = 16
@@ -208,8 +200,8 @@ class VideoDataset(Dataset):
 
     Training (`augment` is a dict): video (T, 3, S, S), drawn from (seed, epoch, i) alone, with any number of workers.
     Testing (`augment` is None): video (V, T, 3, S, S), V = temporal x spatial `views`.
-    A video that cannot be read does not raise: `problem` then says why ("" when all is well). In training the next one
-    that can be read takes its place; in testing, and after TRIES broken ones in a row, the pixels are 0, the label -1.
+    A video that cannot be read does not raise: `problem` then says why ("" when all is well). In training another takes
+    its place, at random; in testing, and when TRIES in a row are broken, the pixels are 0 and the label is -1.
 
     span: video frames that a clip spans, T of them at even steps; 0 for one from each of T segments of the whole video.
     keep: hold decoded videos in memory; for small sets of tiny videos, without loader workers.
@@ -227,7 +219,8 @@ class VideoDataset(Dataset):
     def __getitem__(self, i):
         problem = ""
         for k in range(TRIES if self.transform else 1):
-            path, label = self.clips[(i + k) % len(self.clips)]
+            other = np.random.default_rng([self.seed, self.epoch, i, k]).integers(len(self.clips))
+            path, label = self.clips[other if k else i]
             try:
                 return self.train_view(path, i) if self.transform else self.test_views(path), label, problem
             except VideoError as error:
@@ -250,25 +243,21 @@ class VideoDataset(Dataset):
         return torch.cat([spatial_views(clip, self.size, spatial) for clip in frames.split(self.T)])
 
     def numbers(self, num_frames, **which):
-        if num_frames < self.T:
-            raise VideoError(f"too short: {num_frames} frames, the model reads {self.T} (train it with fewer --frames)")
         if self.span:
             return strided(num_frames, self.T, max(self.span // self.T, 1), **which)
         return segments(num_frames, self.T, **which)
 
     def frames(self, path, choose):
         """The frames of a video that `choose` picks, told how many there are -> uint8 (n, 3, H, W)"""
-        video = Video(path) if self.kept is None or path not in self.kept else self.kept[path]
-        try:
-            numbers = choose(len(video))
-        except VideoError as error:
-            raise VideoError(f"{path}: {error}") from None
-        if self.kept is None:
-            pixels = video.read(numbers)
-        else:
-            if path not in self.kept:
-                self.kept[path] = video.read(range(len(video)))
-            pixels = self.kept[path][numbers]
+        if self.kept is not None and path not in self.kept:
+            video = Video(path)
+            self.kept[path] = video.read(range(len(video)))
+        video = Video(path) if self.kept is None else self.kept[path]
+        if len(video) < self.T:
+            few = f"{len(video)} frames, the model reads {self.T}"
+            raise VideoError(f"{path}: too short: {few} (train it with fewer --frames)")
+        numbers = choose(len(video))
+        pixels = video.read(numbers) if self.kept is None else video[numbers]
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
@@ -341,7 +330,11 @@ def read_list(file, root=None, num_classes=None):
     if not file.is_file():
         raise FileNotFoundError(f"the list file {file} does not exist")
     folder, clips = Path(root or file.parent), []
-    for line, text in enumerate(file.read_text().splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file with `path label` a line") from error
+    for line, text in enumerate(lines, 1):
         if not text.strip():
             continue
         path, _, label = text.strip().replace("\t", " ").rpartition(" ")
@@ -357,12 +350,11 @@ def read_list(file, root=None, num_classes=None):
         clips.append(Clip(str(folder / path.strip()), int(label)))
     if not clips:
         raise ValueError(f"the list file {file} is empty")
-    if not any(Path(clip.path).exists() for clip in clips[:100]):
+    sample = clips[:: max(1, len(clips) // 100)]
+    if not any(Path(clip.path).exists() for clip in sample):
         raise FileNotFoundError(f"no video of {file} is there, {clips[0].path} for one; is --data-root right?")
     return clips
 
-
-# --------------------------------------------------------------------------------------------------- the toy dataset
 
 TOY_SIZE, TOY_FRAMES = 64, 16
 TOY_CLIPS = {"train": 3000, "val": 800, "test": 800}
@@ -374,8 +366,8 @@ TOY_PAIRS = {  # each class with its mirror in time
     "jumps then rests": "rests then jumps",
 }
 # Monotone motions show in a sum over frames of a function of (frame, time). Jumping and resting does not: at every time
-# the shape is anywhere, under both classes. Then the mean of any such sum is the same for both, and by Jensen's inequality
-# none brings the cross-entropy below chance: frames must be compared with each other.
+# the shape is anywhere, under both classes. Then the mean of any such sum is the same for both, and by Jensen's
+# inequality none brings the cross-entropy below chance: frames must be compared with each other.
 TOY_GROUPS = {
     "monotone": [name for pair in list(TOY_PAIRS.items())[:4] for name in pair],
     "jumping": ["jumps then rests", "rests then jumps"],
@@ -452,7 +444,7 @@ def toy_motion(name, rng):
 
 
 def toy_video(name, rng):
-    """One clip of a class that is a key of TOY_PAIRS -> uint8 (T, S, S, 3); played backwards it is of the mirror class."""
+    """One clip of a class, a key of TOY_PAIRS -> uint8 (T, S, S, 3); played backwards it is of the mirror class."""
     frames = toy_background(rng, TOY_FRAMES)
     for path in toy_motion(name, rng):
         toy_paint(frames, *toy_look(rng), *path)

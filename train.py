@@ -11,7 +11,6 @@ Every setting comes from the method's recipe (`RECIPES` in its file); flags over
 """
 
 import argparse
-import ast
 import contextlib
 import inspect
 import json
@@ -34,12 +33,16 @@ import aim
 import common
 from data import TRIES, Clip, VideoDataset, VideoError, find_clips
 
-# With all weights tuned, a tenth of the learning rate (ZeroI2V, appendix A.2).
-FINETUNE_RECIPES = {name: dict(recipe, lr=recipe["lr"] / 10) for name, recipe in common.RECIPES.items()}
+# The baselines are trained as AIM is; with all weights tuned, at a tenth of the rate (ZeroI2V, appendix A.2).
+BASELINE = {name: {**recipe, "model": {}} for name, recipe in aim.RECIPES.items()}
+BASELINE["toy"]["model"] = {"dropout": 0.0}
 METHODS = {  # name: (class, recipes)
     "aim": (aim.AIM, aim.RECIPES),
-    "linear_probe": (partial(common.SpaceOnly, tune="head"), common.RECIPES),
-    "finetune": (partial(common.SpaceOnly, tune="all"), FINETUNE_RECIPES),
+    "linear_probe": (partial(common.SpaceOnly, tune="head"), BASELINE),
+    "finetune": (
+        partial(common.SpaceOnly, tune="all"),
+        {name: dict(recipe, lr=recipe["lr"] / 10) for name, recipe in BASELINE.items()},
+    ),
 }
 DEFAULTS = dict(  # of everything that a recipe may leave open
     backbone="ViT-B-16", pretrained="openai", image_size=None, num_frames=8, model={},
@@ -48,13 +51,19 @@ DEFAULTS = dict(  # of everything that a recipe may leave open
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# ------------------------------------------------------------------------------------------------------ command line
+
+def natural(text, least=0):
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more")
+    return int(text)
+
+
+number = partial(natural, least=1)
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    as_is = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=as_is, allow_abbrev=False)
     job = p.add_argument_group("what to do")
     job.add_argument("--method", choices=METHODS, help="train this method")
     job.add_argument("--eval", action="store_true", help="evaluate --checkpoint instead")
@@ -62,56 +71,60 @@ def parse(argv):
     job.add_argument("--checkpoint", type=Path, help="the checkpoint.pt to evaluate or to predict with")
     job.add_argument("--resume", action="store_true", help="go on with the last run of this name, or the one in --out")
     job.add_argument("--out", type=Path, help="the run's folder (default: runs/METHOD-DATA, numbered if taken)")
-    job.add_argument("--seed", type=int, help="of the new weights, the order and the augmentation (default: 0)")
+    job.add_argument("--seed", type=natural, help="of the new weights, the order and the augmentation (default: 0)")
 
     data = p.add_argument_group("data")
     data.add_argument("--data", help="toy, a folder with train/CLASS and val/CLASS, or a list file")
     data.add_argument("--val-data", help="the list file to evaluate on, if --data is one")
     data.add_argument("--data-root", help="what list files' paths start at; where toy is written (default: datasets)")
     data.add_argument("--split", choices=("val", "test"), default="val", help="what --eval evaluates on (default: val)")
-    data.add_argument("--workers", type=int, help="loader processes (default: a core each, at most 8; toy: none)")
+    data.add_argument("--workers", type=natural, help="loader processes (default: a core each, at most 8; toy: none)")
 
     model = p.add_argument_group("model (default: the recipe's)")
     model.add_argument("--backbone", help="a plain-ViT CLIP of open_clip: ViT-B-16, ViT-L-14, ...")
     model.add_argument("--pretrained", help="open_clip's tag of its weights, a local file, or none: random weights")
-    model.add_argument("--num-frames", "--frames", type=int, metavar="T", help="frames a clip")
-    model.add_argument("--image-size", type=int, help="pixels a side (default: what the backbone was trained at)")
-    model.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="keywords of the method's class: ratio=0.125 blocks=top",
-    )
+    model.add_argument("--num-frames", "--frames", type=number, metavar="T", help="frames a clip")
+    model.add_argument("--image-size", type=number, help="pixels a side (default: what the backbone was trained at)")
+    keywords = "keywords of the method's class: ratio=0.125 blocks=top"
+    model.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=keywords)
 
     recipe = p.add_argument_group("recipe (default: the method's for this data)")
     recipe.add_argument("--recipe", help="whose settings to start from: k400, ssv2, ... (default for own data: k400)")
     for name, kind, text in (
-        ("epochs", int, None),
+        ("epochs", number, None),
         ("warmup-epochs", float, "linear warm-up from 0, then a cosine to 0, both by step"),
-        ("batch-size", int, "clips a step, over all processes and accumulated passes"),
+        ("batch-size", number, "clips a step, over all processes and accumulated passes"),
         ("lr", float, "peak learning rate of AdamW"),
         ("temporal-lr", float, "the temporal embedding's learning rate, as a multiple of --lr"),
         ("weight-decay", float, "none on biases, norms and embeddings"),
         ("clip-grad", float, "largest gradient norm; 0: no clipping"),
         ("label-smoothing", float, None),
-        ("span", int, "video frames that a clip spans, T at even steps; 0: one from each of T segments of the video"),
+        (
+            "span",
+            natural,
+            "video frames that a clip spans, T at even steps; 0: one from each of T segments of the video",
+        ),
     ):
         recipe.add_argument(f"--{name}", type=kind, help=text)
-    recipe.add_argument("--views", nargs=2, type=int, metavar=("TEMPORAL", "SPATIAL"), help="evaluation views a video")
-    recipe.add_argument("--eval-every", type=int, metavar="N", help="evaluate every N epochs and after the last")
+    recipe.add_argument(
+        "--views", nargs=2, type=number, metavar=("TEMPORAL", "SPATIAL"), help="evaluation views a video"
+    )
+    recipe.add_argument("--eval-every", type=number, metavar="N", help="evaluate every N epochs and after the last")
 
     device = p.add_argument_group("device")
-    device.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
-    device.add_argument(
-        "--precision", choices=DTYPES, help="autocast to it (default: bf16 or fp16 on a GPU, fp32 on a CPU)"
-    )
-    device.add_argument("--accumulate", type=int, metavar="N", help="passes a step: less memory, same batch")
+    device.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
+    device.add_argument("--precision", choices=DTYPES, help="of autocast (default: bf16 or fp16 on a GPU, else fp32)")
+    device.add_argument("--accumulate", type=number, metavar="N", help="passes a step: less memory, same batch")
     args = p.parse_args(argv)
 
+    fixed = [flag for flag in ("set", "recipe", "weight_decay", "temporal_lr") if getattr(args, flag) not in (None, [])]
+    if fixed and args.checkpoint:
+        p.error(f"--{fixed[0].replace('_', '-')} is fixed by the checkpoint")
     if args.eval or args.predict:
-        if args.checkpoint is None:
-            p.error("--eval and --predict need --checkpoint FILE")
+        if args.checkpoint is None or args.resume:
+            p.error("--eval and --predict need --checkpoint FILE, and take no --resume")
+    elif args.split != "val":
+        p.error("--split goes with --eval: training is watched on val")
     elif args.checkpoint:
         p.error("--checkpoint goes with --eval or --predict; to go on with a run use --resume")
     elif args.method is None or args.data is None:
@@ -130,7 +143,8 @@ def settings(args):
     if args.backbone and args.backbone != run["backbone"]:
         run["pretrained"] = DEFAULTS["pretrained"]
     override(run, args)
-    allowed = inspect.signature(cls).parameters.keys() - {"clip", "num_classes", "num_frames", "tune"}
+    allowed = {k: type(p.default) for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+    allowed = {k: kind for k, kind in allowed.items() if k not in ("num_frames", "tune")}
     for item in args.set:
         key, equals, value = item.partition("=")
         if not equals or key not in allowed:
@@ -138,9 +152,11 @@ def settings(args):
                 f"--set {item}: KEY=VALUE, where {args.method} knows the keys {', '.join(sorted(allowed))}"
             )
         try:
-            run["model"][key] = ast.literal_eval(value.title() if value in ("true", "false") else value)
-        except (ValueError, SyntaxError):
-            run["model"][key] = value  # a word: blocks=top
+            value = {"true": True, "false": False}[value] if allowed[key] is bool else allowed[key](value)
+        except (KeyError, ValueError):
+            kind = "true or false" if allowed[key] is bool else f"of type {allowed[key].__name__}"
+            raise ValueError(f"--set {item}: the value must be {kind}") from None
+        run["model"][key] = value
     return run
 
 
@@ -155,15 +171,11 @@ def override(run, args):
 
 
 def device_of(args):
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not name.startswith("cuda"):
-        return torch.device(name)
+    if args.device == "cpu" or not (args.device or torch.cuda.is_available()):
+        return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this PyTorch finds no GPU; leave the flag out to run on the CPU")
+        raise ValueError("--device cuda: this PyTorch finds no GPU; leave the flag out to run on the CPU")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-# -------------------------------------------------------------------------------------------------- model and loaders
 
 
 def build(run, num_classes, device):
@@ -171,10 +183,7 @@ def build(run, num_classes, device):
     torch.manual_seed(run["seed"])
     clip = common.load_clip(run["backbone"], run["pretrained"], run["image_size"])
     cls, _ = METHODS[run["method"]]
-    try:
-        model = cls(clip, num_classes, num_frames=run["num_frames"], **run["model"]).to(device)
-    except TypeError as error:
-        raise ValueError(f"{run['method']} cannot be built with {run['model']}: {error}") from error
+    model = cls(clip, num_classes, num_frames=run["num_frames"], **run["model"]).to(device)
     if device.type == "cuda" and run["precision"] != "fp32":
         common.cast_frozen(model, DTYPES[run["precision"]])
     return model
@@ -210,9 +219,6 @@ def gather(texts):
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, texts)
     return list(dict.fromkeys(text for part in parts for text in part))
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 def parameter_groups(model, run):
@@ -253,14 +259,11 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
-        first_epoch, result = resumed["epoch"], resumed["result"]
+        first_epoch, result, skipped = resumed["epoch"], resumed["result"], resumed["skipped"]
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(json.dumps(run, indent=1))
     bar = tqdm(total=steps, initial=first_epoch * steps_per_epoch, disable=rank > 0, unit="step", dynamic_ncols=True)
     for epoch in range(first_epoch, run["epochs"]):
         started = time.time()
@@ -306,18 +309,27 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
             result, problems = evaluate(model, val_set, data, run, place)
             skipped += problems
             line |= result
+        skipped = gather(skipped)
         line |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - started, 1)}
         if rank == 0:
             # A random backbone is in no file but this one.
             state = model.state_dict() if run["pretrained"] is None else common.tuned_state(model)
-            progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            progress = {
+                "epoch": epoch + 1,
+                "skipped": skipped,
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
             names = {"classes": data.classes, "groups": data.groups}
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "run.json").write_text(json.dumps(run, indent=1))
             save({"run": run, "state": state, "result": result, **names, **progress}, out / "checkpoint.pt")
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
-            bar.write(f"epoch {epoch + 1}: train loss {line['train_loss']:.3f}, val {describe(result)}")
+            val = f", val {describe(result)}" if "top1" in line else ""
+            bar.write(f"epoch {epoch + 1}: train loss {line['train_loss']:.3f}, top-1 {line['train_top1']:.1f} %{val}")
     bar.close()
-    return result, gather(skipped)
+    return result, skipped
 
 
 def save(checkpoint, path):
@@ -341,9 +353,6 @@ def load(path):
     return checkpoint
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-
 @torch.no_grad()
 def evaluate(model, dataset, data, run, place):
     """Top-1 and top-5 in percent over a testing VideoDataset, every video counted once -> (result, skipped videos)
@@ -360,6 +369,8 @@ def evaluate(model, dataset, data, run, place):
     for video, label, problem in tqdm(batches, desc="evaluating", leave=False, disable=rank > 0, dynamic_ncols=True):
         problems += filter(None, problem)
         readable = label >= 0
+        if not readable.any():
+            continue
         label = label[readable].to(device)
         best = probabilities(model, video[readable], run, device).topk(min(5, len(data.classes))).indices
         hits = best == label[:, None]
@@ -387,12 +398,10 @@ def probabilities(model, video, run, device):
 
 
 def describe(result):
-    groups = [f"{key.removeprefix('top1 ')} {value:.1f} %" for key, value in result.items() if key.startswith("top1 ")]
-    return (
-        f"top-1 {result['top1']:.1f} % ({', '.join(groups) or 'top-5 {:.1f} %'.format(result['top5'])})"
-        if result
-        else "-"
-    )
+    """The top-1, with that of each group of classes, or else the top-5."""
+    parts = [f"{key.removeprefix('top1 ')} {value:.1f} %" for key, value in result.items() if key.startswith("top1 ")]
+    parts = parts or [f"top-5 {result['top5']:.1f} %"]
+    return f"top-1 {result['top1']:.1f} % ({', '.join(parts)})"
 
 
 @torch.no_grad()
@@ -416,42 +425,64 @@ def predict(run, model, videos, classes, device):
         raise VideoError("; ".join(problems))
 
 
-# ------------------------------------------------------------------------------------------------------------- main
-
-
 def run_folder(args):
     """Where the run lives: --out, or runs/METHOD-DATA with the first free number, or the last taken one to resume."""
     if args.out:
+        if args.out.is_file():
+            raise ValueError(f"--out {args.out} is a file; name a folder")
         if (args.out / "checkpoint.pt").exists() and not args.resume:
             raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
         return args.out
     base = Path("runs") / f"{args.method}-{Path(args.data).stem}"
-    last, number, out = None, 1, base
-    while out.exists():
-        last, number = out, number + 1
-        out = base.with_name(f"{base.name}-{number}")
+    last, count, out = None, 1, base
+    while (out / "checkpoint.pt").exists():
+        last, count = out, count + 1
+        out = base.with_name(f"{base.name}-{count}")
     if args.resume and last is None:
-        raise FileNotFoundError(f"--resume: there is no run {base} yet")
+        raise FileNotFoundError(f"--resume: there is no {base / 'checkpoint.pt'} yet")
     return last if args.resume else out
 
 
+def check_resumable(checkpoint, args):
+    """Flags may lengthen a run or change its rate when it is resumed, but what its checkpoint fixes they may only repeat."""
+    run, asked = checkpoint["run"], settings(args)
+    given = {
+        "recipe": args.recipe,
+        "model": args.set,
+        "weight_decay": args.weight_decay,
+        "temporal_lr": args.temporal_lr,
+    }
+    for key, flag in given.items():
+        if flag not in (None, []) and asked[key] != run[key]:
+            raise ValueError(f"this run was begun with {key} {run[key]}, not {asked[key]}: --resume cannot change that")
+    if args.epochs and args.epochs < checkpoint["epoch"]:
+        raise ValueError(f"--epochs {args.epochs}: this run has done {checkpoint['epoch']} already")
+
+
 def prepare(args):
-    """Everything that can go wrong before the first step -> (job, its keywords). Nothing is written but the toy videos."""
+    """All that can go wrong before the first step -> (job, its keywords). Writes nothing but the toy videos."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device_of(args)
     out = None if args.eval or args.predict else run_folder(args)
-    checkpoint = load(out / "checkpoint.pt" if args.resume else args.checkpoint) if args.resume or not out else None
+    path = out / "checkpoint.pt" if args.resume else args.checkpoint
+    checkpoint = load(path) if path else None
     if checkpoint:
         run = checkpoint["run"]
         if args.method not in (None, run["method"]):
             raise ValueError(f"this checkpoint is of --method {run['method']}, not {args.method}")
+        if args.resume:
+            check_resumable(checkpoint, args)
+        if device.type == "cpu" and not args.resume:
+            run["precision"] = None  # a GPU's is no choice for a CPU
         override(run, args)
     else:
         run = settings(args)
     passes = world * run["accumulate"]
-    if passes < 1 or run["batch_size"] % passes:
+    if run["batch_size"] % passes:
         raise ValueError(
             f"--batch-size {run['batch_size']} is no multiple of {passes} (processes x accumulated passes)"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -470,7 +501,7 @@ def prepare(args):
     classes = checkpoint["classes"] if checkpoint else data.classes
     model = build(run, len(classes), device)
     if checkpoint:
-        common.load_tuned(model, checkpoint["state"], args.checkpoint or out)
+        common.load_tuned(model, checkpoint["state"], path)
     if args.predict:
         return predict, dict(run=run, model=model, videos=args.predict, classes=classes, device=device)
 
@@ -495,13 +526,18 @@ def main(argv=None):
         job, keywords = prepare(args)
     except (ValueError, FileNotFoundError) as error:
         stop(error)
+    except KeyboardInterrupt:
+        stop("stopped before the first step", code=130)
     try:
         answer = job(**keywords)
     except (VideoError, FloatingPointError) as error:
         stop(error)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
-        sys.exit(130)
+        begun = job is train and (keywords["out"] / "checkpoint.pt").exists()
+        stop("stopped" + "; with --resume it goes on after the last whole epoch" * begun, code=130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if answer is None:
         return None
     result, skipped = answer
@@ -510,9 +546,9 @@ def main(argv=None):
     return result
 
 
-def stop(error):
-    print(f"train.py: {error}", file=sys.stderr)
-    sys.exit(2)
+def stop(error, code=2):
+    print(f"\ntrain.py: {error}", file=sys.stderr)
+    sys.exit(code)
 
 
 def report(run, split, model, result, skipped, out):
@@ -523,7 +559,7 @@ def report(run, split, model, result, skipped, out):
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")
     if out:
-        (out / "skipped.txt").write_text("".join(f"{text}\n" for text in skipped))
+        (out / "skipped.txt").write_text("".join(f"{text}\n" for text in skipped), encoding="utf-8")
         path, (total, tunable) = out / "checkpoint.pt", common.count_parameters(model)
         print(f"{tunable / 1e6:.2f} M tunable of {total / 1e6:.2f} M parameters")
         print(f"checkpoint {path} ({path.stat().st_size / 1e6:.1f} MB)")

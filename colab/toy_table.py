@@ -61,21 +61,23 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/toy-table"))
     args = parser.parse_args()
     data = find_clips("toy", args.data_root)
-    print("| toy, test split | tunable | monotone: 8 classes | jumping: 2 classes |")
-    print("|---|---|---|---|")
+    table = ["| toy, test split | tunable | monotone: 8 classes | jumping: 2 classes |", "|---|---|---|---|"]
     for row, (name, flags, seeds) in ROWS.items():
         results = []
         for seed in range(seeds):
             folder = args.runs / f"{name}-{seed}"
             common = f"--data toy --device cpu --eval-every 100 --seed {seed}".split()
-            go_on = ["--resume"] if (folder / "checkpoint.pt").exists() else []
-            train.main([*common, *go_on, "--data-root", args.data_root, "--out", str(folder), *flags.split()])
+            what = flags.split()
+            if (folder / "checkpoint.pt").exists():
+                what = [*what[:2], "--resume"]  # the checkpoint knows the rest
+            train.main([*common, "--data-root", args.data_root, "--out", str(folder), *what])
             results.append(measure(folder, data))
         monotone, jumping = (", ".join(f"{r[k]:.1f}" for r in results) for k in (0, 1))
-        print(f"| {row} | {results[0][2]:,} | {monotone} | {jumping} |", flush=True)
+        table.append(f"| {row} | {results[0][2]:,} | {monotone} | {jumping} |")
     for row, order in ORDERS.items():
         monotone, jumping, _ = measure(args.runs / "aim-0", data, order)
-        print(f"| {row} | | {monotone:.1f} | {jumping:.1f} |", flush=True)
+        table.append(f"| {row} | | {monotone:.1f} | {jumping:.1f} |")
+    print("", *table, sep="\n")
 
 
 if __name__ == "__main__":

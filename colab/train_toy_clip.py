@@ -1,8 +1,8 @@
-"""Trains the small CLIP that ships with the project: stills of the toy world with captions, image and text tower, no download.
+"""Trains the small CLIP that ships with the project, image and text tower, on captioned stills of the toy world.
 
     python colab/train_toy_clip.py            writes colab/ViT-Toy-16.safetensors; six minutes or so on two cores
 
-The image tower is `common.ViT`, the text tower open_clip's; the file is an ordinary open_clip state dict in half precision.
+The image tower is `common.ViT`, the text tower open_clip's; the file is an open_clip state dict in half precision.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def still(rng):
 
 
 def tokenize(captions, context_length=8, vocabulary=1024):
-    """Words -> hashed word numbers (B, context_length), between a start and an end token; no vocabulary file is needed."""
+    """Words -> hashed word numbers (B, context_length), between a start and an end token: no vocabulary is kept."""
     tokens = torch.zeros(len(captions), context_length, dtype=torch.long)
     for row, caption in zip(tokens, captions):
         words = [1 + zlib.crc32(word.encode()) % (vocabulary - 3) for word in caption.split()]
@@ -61,7 +61,7 @@ def matched(clip, images, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--stills", type=int, default=40_000)
     parser.add_argument("--out", type=Path, default=HERE / f"{NAME}.safetensors")
     args = parser.parse_args()

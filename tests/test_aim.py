@@ -100,7 +100,9 @@ def test_released_checkpoints_answer_as_the_authors_code(name):
 def test_released_checkpoints_load_under_any_prefix_and_strictly():
     data = golden("ssv2")
     model, state = model_of(data), data["checkpoint"]["state_dict"]
-    aim.load_official(model, {"meta": {"epoch": 3}, "model": {f"module.{k}": v for k, v in state.items()}})
+    aim.load_official(
+        model, {"meta": {"epoch": 3}, "step": torch.tensor(7), "model": {f"module.{k}": v for k, v in state.items()}}
+    )
     torch.testing.assert_close(model(data["video"]), data["logits"], atol=1e-4, rtol=0)
     missing = {k: v for k, v in state.items() if "0.S_Adapter.D_fc1.bias" not in k}
     with pytest.raises(ValueError, match=r"misses adapters\.0\.spatial\.fc1\.bias"):

@@ -92,6 +92,8 @@ def test_activation_follows_the_weights(monkeypatch, name, tag, quick):
     with torch.device("meta"):
         vit = load_clip(name, tag)
     assert isinstance(vit.blocks[0].mlp.gelu, common.QuickGELU) == quick
+    recorded = open_clip.get_pretrained_cfg(name, tag)
+    assert (vit.mean, vit.std) == (recorded["mean"], recorded["std"])
 
 
 def test_positions_are_resized_as_open_clip_does(theirs, tmp_path):
@@ -147,6 +149,15 @@ def test_what_cannot_be_loaded_is_said(name, pretrained, error, says):
         load_clip(name, pretrained)
 
 
+def test_a_download_that_fails_is_said(monkeypatch):
+    def offline(cfg):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(FileNotFoundError, match=r"cannot download openai of ViT-B-16 \(ConnectionError\)"):
+        load_clip("ViT-B-16", "openai")
+
+
 def test_weights_of_another_model_name_what_differs(theirs, tmp_path):
     path = tmp_path / "clip.pt"
     torch.save(theirs[False].state_dict(), path)
@@ -159,9 +170,10 @@ def test_weights_of_another_model_name_what_differs(theirs, tmp_path):
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no CLIP image tower"):
         load_clip(NAME, path)
-    path.write_text(json.dumps({"not": "weights"}))
-    with pytest.raises(ValueError, match="can be read safely"):
-        load_clip(NAME, path)
+    for path in (tmp_path / "text.pt", tmp_path / "text.safetensors", tmp_path / "empty.pt"):
+        path.write_text("" if path.stem == "empty" else json.dumps({"not": "weights"}))
+        with pytest.raises(ValueError, match="can be read safely"):
+            load_clip(NAME, path)
 
 
 def test_quick_gelu_is_openais():

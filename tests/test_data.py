@@ -62,10 +62,10 @@ def test_a_late_frame_is_reached_by_a_seek(monkeypatch):
     open_file = av.open
 
     class Counting:
-        """The container, counting the packets that its decoder is given."""
+        """The container, counting the frames that it decodes."""
 
-        def __init__(self, *args):
-            self.container = open_file(*args)
+        def __init__(self, *args, **kwargs):
+            self.container = open_file(*args, **kwargs)
 
         def __enter__(self):
             return self
@@ -156,6 +156,28 @@ def test_damaged_videos_give_frames_or_one_clear_error(tmp_path):
         Video(VIDEOS / "mm_test.mp4").read([300])
 
 
+def test_frames_that_differ_in_size_are_one_clear_error(tmp_path):
+    for name, size in (("a", 48), ("b", 64)):
+        write_video(tmp_path / f"{name}.ts", noise(10, size, size))
+    (tmp_path / "both.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    video = Video(tmp_path / "both.ts")
+    with pytest.raises(VideoError, match=r"both\.ts: its frames differ in size|both\.ts: damaged"):
+        video.read([0, len(video) - 1])
+
+
+def test_a_title_in_another_encoding_is_no_reason_to_refuse(tmp_path):
+    path = tmp_path / "title.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Caf-title"
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in noise(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"Caf-title", b"Caf\xe9title"))
+    assert len(Video(path)) == 4
+
+
 def test_segments_take_one_frame_from_each_part():
     assert segments(16, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
     assert segments(80, 8).tolist() == [5, 15, 25, 35, 45, 55, 65, 75]
@@ -174,7 +196,7 @@ def test_strided_clips_start_anywhere_in_training_and_spread_out_in_testing():
     assert strided(20, 8, 4).tolist() == [0, 4, 8, 12, 16, 19, 19, 19]  # too short: the last frame again
 
 
-AUGMENT = dict(crop=(0.3, 1.0), flip=0.5, randaugment=(2, 7), erasing=0.5)
+AUGMENT = dict(crop=(0.3, 1.0), flip=0.5, randaugment=dict(num_ops=2, magnitude=7), erasing=0.5)
 
 
 def test_every_frame_of_a_clip_is_augmented_alike():
@@ -290,6 +312,13 @@ def test_broken_videos_are_replaced_in_training_and_left_out_of_testing(folder, 
     video, label, problem = training[0]
     assert label == 0 and "broken.mp4" in problem and torch.equal(video, training[0][0])
     assert "too short: 3 frames, the model reads 4" in training[1][2] and training[2][2] == ""
+    clips[1:2] = [Clip(str(VIDEOS / "corrupted.mp4"), 1)]
+    training = VideoDataset(clips, 16, 32, augment={})
+    problems = set()
+    for training.epoch in range(4):
+        problems.add(training[1][2])
+    assert len(problems) == 1 and "corrupted.mp4: damaged" in problems.pop()  # whichever frames were drawn
+    clips[1:2] = [Clip(str(tmp_path / "short.mp4"), 1)]
     testing = VideoDataset(clips, 4, 32)
     assert [testing[i][1] for i in range(3)] == [-1, -1, 0] and "short.mp4" in testing[1][2]
     hopeless = VideoDataset(clips[:2], 4, 32, augment={})[0]

@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, out, *more):
-    fixed = "--method aim --recipe toy --batch-size 8 --epochs 2 --warmup-epochs 0.5 --workers 0 --device cpu --num-frames 4"
+    fixed = "--method aim --recipe toy --batch-size 8 --epochs 2 --warmup-epochs 0.5 --eval-every 1 --num-frames 4"
+    fixed += " --workers 0 --device cpu"
     return [*fixed.split(), "--data", str(folder), "--out", str(out), *map(str, more)]
 
 
@@ -178,6 +179,9 @@ def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "on 7 videos" in done.stdout and "2 videos were skipped" in done.stdout
     assert "train-broken.mp4" in done.stdout and "val-broken.mp4" in (out / "skipped.txt").read_text()
+    done = run(*flags(lists["train"], out, "--val-data", lists["val"], "--epochs", 2, "--batch-size", 1, "--resume"))
+    assert done.returncode == 0, done.stderr  # a batch of one that is broken, too
+    assert "2 videos were skipped" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -187,12 +191,26 @@ def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
         ("--method aim", "say what to train"),
         ("--method aimm --data toy", "invalid choice: 'aimm'"),
         ("--method aim --data toy --epoch 3", "unrecognized arguments: --epoch"),
+        ("--method aim --data toy --epochs 0", "must be 1 or more"),
+        ("--method aim --data toy --lr fast", "invalid float value: 'fast'"),
+        ("--method aim --data FOLDER --recipe toy --set ratio=much", "must be of type float"),
         ("--method aim --data nowhere", "unknown data 'nowhere'"),
         ("--method aim --data EMPTY", "it has no train/"),
         ("--method aim --data FOLDER --backbone ViT-B-61", "unknown backbone 'ViT-B-61'"),
         ("--method aim --data FOLDER --recipe k401", "no recipe 'k401'"),
         ("--method aim --data FOLDER --recipe toy --pretrained nothing.pt", "neither a file nor"),
         ("--method aim --data FOLDER --recipe toy --set rate=1", "ratio"),
+        ("--method aim --data FOLDER --recipe toy --set temporal=off", "must be true or false"),
+        ("--method aim --data FOLDER --recipe toy --set drop_path=2", "it is a probability"),
+        ("--method aim --data FOLDER --recipe toy --workers -1", "must be 0 or more"),
+        ("--method aim --data FOLDER --recipe toy --device gpu", "invalid choice: 'gpu'"),
+        ("--method aim --data FOLDER --recipe toy --split test", "--split goes with --eval"),
+        ("--method aim --data FOLDER --recipe toy --out TEXT", "is a file"),
+        ("--method aim --data FOLDER --out RUN --resume --weight-decay 0", "begun with weight_decay 0.05, not 0.0"),
+        ("--method aim --data FOLDER --out RUN --resume --epochs 1", "has done 2 already"),
+        ("--method aim --data FOLDER --out RUN --resume --set ratio=0.5", "begun with model"),
+        ("--eval --checkpoint TRAINED --set ratio=0.5", "--set is fixed by the checkpoint"),
+        ("--eval --resume --checkpoint TRAINED", "take no --resume"),
         ("--method aim --data FOLDER --recipe toy --set blocks=some", "every second"),
         ("--method aim --data FOLDER --recipe toy --batch-size 1000", "do not fill a batch"),
         ("--method aim --data FOLDER --recipe toy --batch-size 8 --accumulate 3", "no multiple"),
@@ -231,7 +249,7 @@ def test_what_is_wrong_is_said_in_a_sentence_with_exit_code_2(trained, folder, t
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and "Traceback" not in error
     assert len(error.strip().splitlines()[-1]) < 400
-    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, capsys):
@@ -245,6 +263,7 @@ def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
     args = train.parse(["--method", "aim", "--data", "toy"])
     assert train.run_folder(args) == Path("runs/aim-toy")
     Path("runs/aim-toy").mkdir(parents=True)
+    Path("runs/aim-toy/checkpoint.pt").touch()
     assert train.run_folder(args) == Path("runs/aim-toy-2")
     args.resume = True
     assert train.run_folder(args) == Path("runs/aim-toy")
