@@ -139,7 +139,7 @@ class AIM(nn.Module):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix. Raises ValueError if it does not fit."""
+    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it does not fit."""
     renamed = {}
     for key, tensor in tensors_of(checkpoint).items():
         key = re.sub(r"^.*?cls_head\.fc_cls\.", "head.", key)
@@ -183,14 +183,14 @@ SSV2 = dict(
 TOY = dict(
     backbone="ViT-Toy-16",
     pretrained="shipped",
-    epochs=5,
-    warmup_epochs=0.5,
-    batch_size=16,
+    epochs=4,
+    warmup_epochs=0.3,
+    batch_size=12,
     lr=8e-3,
     temporal_lr=5.0,
     weight_decay=0.05,
     clip_grad=1.0,
-    eval_every=2,
+    eval_every=4,
     model=dict(drop_path=0.0, dropout=0.0),
 )
 RECIPES = {

@@ -444,7 +444,7 @@ def run_folder(args):
 
 
 def check_resumable(checkpoint, args):
-    """Flags may lengthen a run or change its rate when it is resumed, but what its checkpoint fixes they may only repeat."""
+    """Flags may lengthen a resumed run or change its rate; what its checkpoint fixes they may only repeat."""
     run, asked = checkpoint["run"], settings(args)
     given = {
         "recipe": args.recipe,
@@ -473,6 +473,8 @@ def prepare(args):
             check_resumable(checkpoint, args)
         if device.type == "cpu" and not args.resume:
             run["precision"] = None  # a GPU's is no choice for a CPU
+        if args.data:
+            run.update(data_root=None, val_data=None)  # those were of the data of the checkpoint
         override(run, args)
     else:
         run = settings(args)
@@ -514,8 +516,8 @@ def prepare(args):
         return evaluate, dict(job, dataset=eval_set)
     train_set = VideoDataset(data.train, augment=run["augment"], seed=run["seed"], **shape)
     if len(train_set) < run["batch_size"]:
-        number, batch = len(train_set), run["batch_size"]
-        raise ValueError(f"{number} training videos do not fill a batch of {batch}: choose a smaller --batch-size")
+        there, batch = len(train_set), run["batch_size"]
+        raise ValueError(f"{there} training videos do not fill a batch of {batch}: choose a smaller --batch-size")
     return train, dict(job, train_set=train_set, val_set=eval_set, out=out, resumed=checkpoint)
 
 

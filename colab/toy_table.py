@@ -66,7 +66,7 @@ def main():
         results = []
         for seed in range(seeds):
             folder = args.runs / f"{name}-{seed}"
-            common = f"--data toy --device cpu --eval-every 100 --seed {seed}".split()
+            common = f"--data toy --device cpu --seed {seed}".split()
             what = flags.split()
             if (folder / "checkpoint.pt").exists():
                 what = [*what[:2], "--resume"]  # the checkpoint knows the rest

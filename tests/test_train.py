@@ -37,21 +37,12 @@ def flags(folder, out, *more):
     return [*fixed.split(), "--data", str(folder), "--out", str(out), *map(str, more)]
 
 
-def run(*argv, processes=1, **kwargs):
+def run(*argv, processes=1):
     command = [sys.executable, "train.py"]
     if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            "0",
-        ]
-        command += ["train.py"]
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.run([*command, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+    return subprocess.run([*command, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
 
 
 def state(out):
