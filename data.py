@@ -127,7 +127,9 @@ class Video:
         return np.rot90(pixels, round(frame.rotation / 90) % 4)
 
     def open(self):
-        return av.open(str(self.path), metadata_errors="ignore")  # a title in another encoding is no reason to refuse
+        # A title in another encoding is no reason to refuse; PyAV 19 dropped the keyword.
+        lenient = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+        return av.open(str(self.path), **lenient)
 
     def stream(self, container):
         stream = container.streams.video[0]
