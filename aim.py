@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from common import classifier, freeze, load_strict, tensors_of
+from common import B16, L14, classifier, compare, freeze, load_strict, tensors_of
 
 
 class Adapter(nn.Module):
@@ -60,15 +60,22 @@ class AIMBlock(nn.Module):
 
     def forward(self, z, block):
         """z (B, T, N+1, D) -> the same shape"""
+
+        def t_msa(z):
+            return block.attn(rearrange(self.temporal_in(block.ln_1(z)), "b t n d -> (b n) t d"))
+
+        def mlps(z):
+            y = block.ln_2(z)
+            return block.mlp(y), self.scale * self.joint(y)
+
         if self.temporal is not None:
-            zt = rearrange(self.temporal_in(block.ln_1(z)), "b t n d -> (b n) t d")
-            zt = rearrange(self.temporal(block.attn(zt)), "(b n) t d -> b t n d", b=len(z))
+            zt = rearrange(self.temporal(block.branch(t_msa, z)), "(b n) t d -> b t n d", b=len(z))
             z = z + self.drop_path(zt)  # eq. (3)
-        z = z + self.spatial(block.attn(block.ln_1(z)))  # eq. (4)
-        y = block.ln_2(z)
+        z = z + self.spatial(block.msa(z))  # eq. (4)
         if self.joint is None:
-            return z + block.mlp(y)  # eq. (2)
-        return z + block.mlp(y) + self.drop_path(self.scale * self.joint(y))  # eq. (5)
+            return z + block.ffn(z)  # eq. (2)
+        mlp, adapted = block.branch(mlps, z)
+        return z + mlp + self.drop_path(adapted)  # eq. (5)
 
 
 class AIM(nn.Module):
@@ -200,3 +207,17 @@ RECIPES = {
     "diving48": dict(K400, epochs=50, span=0, views=(1, 1)),
     "toy": TOY,
 }
+
+# Tables 4 and 5: the paper prints GFLOPs for three views, and millions with its classifier.
+SSV2_MODEL = SSV2["model"]
+PAPER = [
+    ("K400, ViT-B/16, 8 frames", B16, {}, 8, 97, 11, 606 / 3),
+    ("K400, ViT-B/16, 16 frames", B16, {}, 16, 97, 11, 1214 / 3),
+    ("K400, ViT-B/16, 32 frames", B16, {}, 32, 97, 11, 2428 / 3),
+    ("K400, ViT-L/14, 8 frames", L14, {}, 8, 341, 38, 2802 / 3),
+    ("SSv2, ViT-B/16, 8 frames", B16, SSV2_MODEL, 8, 100, 14, 624 / 3),
+    ("SSv2, ViT-L/14, 8 frames", L14, SSV2_MODEL, 8, 354, 50, 2877 / 3),
+]
+
+if __name__ == "__main__":
+    compare(AIM, PAPER)

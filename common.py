@@ -2,22 +2,26 @@
 
     ViT          the image tower of "Learning Transferable Visual Models From Natural Language Supervision"
                  (Radford et al., ICML 2021), parameter names as in OpenAI's release, so that weights load as they are
-    load_clip    any plain-ViT CLIP of open_clip, by name and tag or from a local file
-    SpaceOnly    linear probe and full fine-tuning on frames alone: what every method must beat
+    load_clip    any plain-ViT CLIP of open_clip and plain ViT of timm, by name and tag or from a local file
+    SpaceOnly    linear probe, partial and full fine-tuning on frames alone: what every method must beat
+    compare      a paper's table beside what the code measures: parameters, GFLOPs, memory
 
 Shapes: B clips, T frames, N patches a frame, D width, h heads.
 """
 
 import difflib
+import re
 import zipfile
 from collections import OrderedDict
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,42 +46,64 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention along the second-last dimension; parameters named as nn.MultiheadAttention's."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, norm=None):
         super().__init__()
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.norm = norm or nn.Identity()  # on the answer, in post-norm blocks
 
     def forward(self, x):
         """x (..., n, D) -> (..., n, D)"""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).flatten(0, -3)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(rearrange(y, "b h n d -> b n (h d)").view_as(x))
+        return self.norm(self.out_proj(rearrange(y, "b h n d -> b n (h d)").view_as(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + MSA(LN(x)), then x + MLP(LN(x))."""
+    """Pre-norm transformer block: x + MSA(LN(x)), then x + MLP(LN(x)).
 
-    def __init__(self, width, heads, mlp_width, activation):
+    In EVA's post-norm blocks, x + LN(MSA(x)), the norms stand at the end of `attn` and `mlp`, and `ln_1`, `ln_2` do
+    nothing: whoever calls `attn(ln_1(x))` is right for both.
+    """
+
+    recompute = False  # keep a branch's input only, and compute the rest again in the backward pass
+
+    def __init__(self, width, heads, mlp_width, activation, post_norm=False, eps=1e-5):
         super().__init__()
-        self.ln_1 = LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width)
+        self.ln_1 = nn.Identity() if post_norm else LayerNorm(width, eps)
+        self.attn = Attention(width, heads, LayerNorm(width, eps) if post_norm else None)
+        self.ln_2 = nn.Identity() if post_norm else LayerNorm(width, eps)
         layers = ("c_fc", nn.Linear(width, mlp_width)), ("gelu", activation()), ("c_proj", nn.Linear(mlp_width, width))
         self.mlp = nn.Sequential(OrderedDict(layers))
+        if post_norm:
+            self.mlp.add_module("norm", LayerNorm(width, eps))
+
+    def branch(self, function, *x):
+        """function(*x), cheap in memory if `recompute`"""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *x, use_reentrant=False, preserve_rng_state=False)
+        return function(*x)
+
+    def msa(self, x):
+        return self.branch(lambda x: self.attn(self.ln_1(x)), x)
+
+    def ffn(self, x):
+        return self.branch(lambda x: self.mlp(self.ln_2(x)), x)
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.msa(x)
+        return x + self.ffn(x)
 
 
 class ViT(nn.Module):
     """CLIP's image tower. `forward` answers images (B, 3, H, W) with embeddings (B, output_dim).
 
     The video methods use its parts: `embed`, `ln_pre`, `transformer.resblocks`, `ln_post`. `mean` and `std` are those
-    of the pixels that its weights were trained on.
+    of the pixels that its weights were trained on. The last six switches make it the towers that are not quite CLIP's:
+    ImageNet's (patch_bias, no ln_pre, eps 1e-6, no projection) and EVA's (also post_norm, a bias on the projection).
     """
 
     def __init__(
@@ -90,6 +116,11 @@ class ViT(nn.Module):
         mlp_ratio=4.0,
         output_dim=512,
         quick_gelu=False,
+        patch_bias=False,
+        ln_pre=True,
+        post_norm=False,
+        proj_bias=False,
+        eps=1e-5,
     ):
         super().__init__()
         if image_size % patch_size or width % heads:
@@ -99,15 +130,16 @@ class ViT(nn.Module):
         self.image_size, self.patch_size, self.width, self.heads = image_size, patch_size, width, heads
         self.mean, self.std = CLIP_MEAN, CLIP_STD
         scale = width**-0.5
-        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=patch_bias)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((image_size // patch_size) ** 2 + 1, width))
-        self.ln_pre = LayerNorm(width)
+        self.ln_pre = LayerNorm(width, eps) if ln_pre else nn.Identity()
         activation = QuickGELU if quick_gelu else nn.GELU
-        blocks = (Block(width, heads, int(width * mlp_ratio), activation) for _ in range(layers))
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
-        self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+        block = partial(Block, width, heads, round(width * mlp_ratio), activation, post_norm, eps)
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(block() for _ in range(layers))})
+        self.ln_post = LayerNorm(width, eps)
+        self.proj = nn.Parameter(scale * torch.randn(width, output_dim)) if output_dim else None
+        self.proj_bias = nn.Parameter(torch.zeros(output_dim)) if output_dim and proj_bias else None
 
     @property
     def blocks(self):
@@ -123,12 +155,23 @@ class ViT(nn.Module):
         x = self.ln_pre(self.embed(images))
         for block in self.blocks:
             x = block(x)
-        return self.ln_post(x[:, 0]) @ self.proj
+        x = self.ln_post(x[:, 0])
+        return x if self.proj is None else F.linear(x, self.proj.T, self.proj_bias)
+
+
+# The backbones of the papers' tables, as keywords of `ViT`.
+B16 = dict()
+L14 = dict(patch_size=14, width=1024, layers=24, heads=16)
+E14 = dict(
+    patch_size=14, width=1792, layers=64, heads=16, mlp_ratio=15360 / 1792,
+    patch_bias=True, ln_pre=False, post_norm=True, eps=1e-6,
+)  # fmt: skip
 
 
 def load_clip(name, pretrained="openai", image_size=None, quick_gelu=None):
-    """The image tower `name` of open_clip ("ViT-B-16", "ViT-L-14-336", ...) as a `ViT`.
+    """The image tower `name` of open_clip ("ViT-B-16", "EVA02-E-14", ...) or timm, as a `ViT`.
 
+    name: for a ViT of timm, with its tag ("vit_base_patch16_224.augreg_in21k").
     pretrained: an open_clip tag ("openai", "laion2b_s34b_b88k", ...), which is downloaded; a local file (OpenAI's
         TorchScript archive, a state dict of open_clip, of its image tower alone, or safetensors); "shipped" for the
         ViT-Toy-16 in colab/; None for random weights.
@@ -138,51 +181,134 @@ def load_clip(name, pretrained="openai", image_size=None, quick_gelu=None):
     Raises ValueError for an unknown name or tag and for weights that do not fit, FileNotFoundError for a missing file.
     """
     import open_clip  # takes seconds, and only this function needs it
+    import timm
 
     open_clip.add_model_config(SHIPPED)
     name = name.replace("/", "-")
     config = open_clip.get_model_config(name)
-    if config is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
+    if config is not None:
+        shape, record = clip_shape(name, config)
+        tag = open_clip.get_pretrained_cfg(name, str(pretrained)) if pretrained else None
+        tags, download = open_clip.list_pretrained_tags_by_model(name), partial(open_clip.download_pretrained, tag)
+    elif timm.is_model(name):
+        shape, record = timm_shape(name)
+        tag = record if pretrained == "openai" else None  # its tag is part of its name
+        tags, download = timm.list_pretrained(name), partial(timm.create_model, name, pretrained=True)
+    else:
+        near = difflib.get_close_matches(name, open_clip.list_models() + timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f"unknown backbone {name!r}; did you mean {' or '.join(near) or 'ViT-B-16'}?")
-    vision = dict(config["vision_cfg"])
-    width, layers, head_width = (vision.pop(k, d) for k, d in (("width", 768), ("layers", 12), ("head_width", 64)))
-    patch_size, trained_size, mlp_ratio = (
-        vision.pop(k, d) for k, d in (("patch_size", 16), ("image_size", 224), ("mlp_ratio", 4.0))
-    )
-    if vision or not isinstance(layers, int):
-        raise ValueError(
-            f"{name} is no plain ViT (its configuration has {', '.join(vision) or 'stages'}): not supported"
-        )
 
-    if pretrained == "shipped":
-        pretrained = SHIPPED / f"{name}.safetensors"
-    tag = None if pretrained is None else open_clip.get_pretrained_cfg(name, str(pretrained))
     state, is_openai_archive = None, False
-    if pretrained is not None:
+    if tag:
         try:
-            path = Path(open_clip.download_pretrained(tag)) if tag else Path(pretrained)
+            source = download()
         except Exception as error:  # the hub's, the network's
             raise FileNotFoundError(
                 f"cannot download {pretrained} of {name} ({type(error).__name__}); name a local file instead"
             ) from error
+        state = source.state_dict() if isinstance(source, nn.Module) else None
+        pretrained = source if state is None else pretrained
+    if pretrained is not None and state is None:
+        path = SHIPPED / f"{name}.safetensors" if pretrained == "shipped" else Path(pretrained)
         if not path.is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise FileNotFoundError(
-                f"{pretrained!r} is neither a file nor an open_clip tag of {name} (its tags: {tags})"
+                f"{pretrained!r} is neither a file nor a tag of {name} (its tags: {', '.join(tags) or 'none'})"
             )
         state, is_openai_archive = read_weights(path)
-    if quick_gelu is None:
-        recorded = tag.get("quick_gelu", False) if tag else is_openai_archive
-        quick_gelu = recorded or config.get("quick_gelu", False)
 
-    size = image_size or trained_size
-    vit = ViT(size, patch_size, width, layers, width // head_width, mlp_ratio, config["embed_dim"], quick_gelu)
-    if tag:
-        vit.mean, vit.std = tag["mean"], tag["std"]  # most, but not all, are CLIP's own
+    if quick_gelu is None:
+        quick_gelu = (tag or {}).get("quick_gelu") or is_openai_archive or shape["quick_gelu"]
+    vit = ViT(**dict(shape, image_size=image_size or shape["image_size"], quick_gelu=quick_gelu))
+    if tag or "mean" in record:
+        vit.mean, vit.std = (tag or record)["mean"], (tag or record)["std"]  # most, but not all, are CLIP's own
     if state is not None:
-        load_strict(vit, fit_positions(image_tower(state), vit), f"{pretrained} for {name}")
+        load_strict(vit, fit_positions(image_tower(state, shape), vit), f"{pretrained} for {name}")
     return vit
+
+
+def clip_shape(name, config):
+    """What `ViT` must be told to be open_clip's image tower `name`, and what is recorded of its pixels."""
+    vision = dict(config["vision_cfg"])
+    if "timm_model_name" in vision:
+        return timm_shape(vision["timm_model_name"], config["embed_dim"])
+    keys = dict(image_size=224, patch_size=16, width=768, layers=12, mlp_ratio=4.0)
+    shape = {key: vision.pop(key, default) for key, default in keys.items()}
+    heads = shape["width"] // vision.pop("head_width", 64)
+    if vision or not isinstance(shape["layers"], int):
+        raise ValueError(
+            f"{name} is no plain ViT (its configuration has {', '.join(vision) or 'stages'}): not supported"
+        )
+    quick_gelu = config.get("quick_gelu", False)
+    return dict(shape, heads=heads, output_dim=config["embed_dim"], quick_gelu=quick_gelu), {}
+
+
+def timm_shape(name, output_dim=0):
+    """The same for a ViT of timm, pre- or post-norm, without rotary embedding or other extras."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            trunk = timm.create_model(name, num_classes=output_dim)
+            block, patches = trunk.blocks[0], trunk.patch_embed
+            shape = dict(
+                image_size=patches.img_size[0],
+                patch_size=patches.patch_size[0],
+                width=trunk.embed_dim,
+                layers=len(trunk.blocks),
+                heads=block.attn.num_heads,
+                mlp_ratio=block.mlp.fc1.out_features / trunk.embed_dim,
+                output_dim=output_dim,
+                quick_gelu=type(block.mlp.act).__name__ == "QuickGELU",
+                patch_bias=patches.proj.bias is not None,
+                ln_pre=isinstance(getattr(trunk, "norm_pre", None), nn.LayerNorm),
+                post_norm="PostNorm" in type(block).__name__,
+                proj_bias=bool(output_dim) and trunk.head.bias is not None,
+                eps=trunk.norm.eps,
+            )
+            plain = getattr(trunk, "rope", None) is None and type(block.mlp.act).__name__ in ("GELU", "QuickGELU")
+            plain = plain and from_timm(trunk.state_dict(), shape).keys() == ViT(**shape).state_dict().keys()
+        except (AttributeError, RuntimeError) as error:  # it lacks what a plain ViT has, or its tag is unknown
+            raise ValueError(f"{name} is no plain ViT, or no tag of timm ({error})") from error
+    if not plain:
+        raise ValueError(f"{name} is no plain ViT (rotary embedding, gates, registers, ...): not supported")
+    return shape, trunk.pretrained_cfg
+
+
+def from_timm(state, shape):
+    """The tensors of a ViT of timm by CLIP's names. Where q, k, v have biases apart, as in EVA, k has none."""
+    renamed = {}
+    for key, tensor in state.items():
+        if key.endswith(".v_bias") or (key.startswith("head.") and not shape["output_dim"]):
+            continue
+        if key.endswith(".q_bias"):
+            tensor = torch.cat([tensor, torch.zeros_like(tensor), state[key.replace("q_bias", "v_bias")]])
+        elif key in ("cls_token", "pos_embed"):
+            tensor = tensor[0]
+        tensor = tensor[0] if key == "cls_token" else tensor.T if key == "head.weight" else tensor
+        for pattern, name in TIMM_NAMES:
+            key = re.sub(pattern, name, key)
+        if shape["post_norm"]:
+            key = key.replace("ln_1.", "attn.norm.").replace("ln_2.", "mlp.norm.")
+        renamed[key] = tensor
+    return renamed
+
+
+TIMM_NAMES = (
+    ("^cls_token$", "class_embedding"),
+    ("^pos_embed$", "positional_embedding"),
+    (r"^patch_embed\.proj\.", "conv1."),
+    (r"^norm_pre\.", "ln_pre."),
+    (r"^norm\.", "ln_post."),
+    (r"^head\.weight$", "proj"),
+    (r"^head\.bias$", "proj_bias"),
+    (r"^blocks\.", "transformer.resblocks."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".attn.in_proj_"),
+    (r"\.attn\.q_bias$", ".attn.in_proj_bias"),
+    (r"\.attn\.proj\.", ".attn.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
 
 
 def read_weights(path):
@@ -206,15 +332,15 @@ def tensors_of(checkpoint):
     return max([own, *(tensors_of(v) for v in checkpoint.values() if isinstance(v, dict))], key=len)
 
 
-def image_tower(state):
+def image_tower(state, shape):
     """The image tower's tensors, by CLIP's own names, of a state dict that may hold other towers and any prefix."""
-    anchor = next((k for k in state if k.endswith("class_embedding")), None)
+    anchors = ("class_embedding", "cls_token")
+    anchor = next((k for k in state if k.endswith(anchors)), None)
     if anchor is None:
         raise ValueError("these weights hold no CLIP image tower: no 'class_embedding' among their keys")
-    prefix = anchor.removesuffix("class_embedding")
-    if prefix:
-        return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
-    return {k: v.float() for k, v in state.items()}
+    prefix = anchor.removesuffix(anchors[0]).removesuffix(anchors[1])
+    tower = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
+    return from_timm(tower, shape) if anchor.endswith(anchors[1]) else tower
 
 
 def fit_positions(state, vit):
@@ -247,7 +373,7 @@ def load_strict(model, state, source):
 def freeze(vit):
     """Freezes the image tower in place and drops its projection, which only retrieval needs."""
     vit.requires_grad_(False)
-    vit.proj = None
+    vit.proj = vit.proj_bias = None
     return vit
 
 
@@ -269,15 +395,17 @@ def normalize(video, vit):
 class SpaceOnly(nn.Module):
     """The image tower on each frame, the mean of the [class] tokens, a linear classifier: no frame sees another.
 
-    The baselines of AIM's table 1: frozen space-only (`tune="head"`, a linear probe), finetuned space-only ("all").
+    The baselines of AIM's table 1 and ST-Adapter's benchmark, by what is tuned beside the classifier: nothing (`tune`
+    "head", a linear probe), the last block and ln_post ("last", partial fine-tuning), everything ("all").
     """
 
     def __init__(self, clip, num_classes, num_frames=8, tune="head", dropout=0.5):
         super().__init__()
-        if tune not in ("head", "all"):
-            raise ValueError(f"tune is {tune!r}; it must be head or all")
+        if tune not in ("head", "last", "all"):
+            raise ValueError(f"tune is {tune!r}; it must be head, last or all")
         self.vit = freeze(clip)
-        self.vit.requires_grad_(tune == "all")
+        for module in {"head": [], "last": [clip.blocks[-1], clip.ln_post], "all": [clip]}[tune]:
+            module.requires_grad_(True)
         self.dropout = nn.Dropout(dropout)
         self.head = classifier(clip.width, num_classes)
 
@@ -310,6 +438,13 @@ def load_tuned(model, state, source):
     load_strict(model, {**model.state_dict(), **state} if state.keys() >= tuned_state(model).keys() else state, source)
 
 
+def recompute(model):
+    """Activation checkpointing of what is cheap to redo: the insides of every branch that has a `recompute` switch."""
+    for module in model.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = True
+
+
 def count_parameters(model):
     """(total, tunable)"""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -323,3 +458,56 @@ def gflops(model, video):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(video)
     return counter.get_total_flops() / 2 / 1e9
+
+
+def activation_bytes(model, video):
+    """Bytes that autograd keeps for the backward pass, per further clip like `video` (1, T, 3, H, W), in bf16 autocast.
+
+    The distinct storages that saved_tensors_hooks see, parameters left out, for two clips less those for one. Under
+    FakeTensorMode nothing is computed and the number is the same.
+    """
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def kept(clips):
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage  # held, so that no other storage gets its address
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast(video.device.type, torch.bfloat16):
+            model(video.expand(clips, -1, -1, -1, -1).contiguous())
+        return sum(s.nbytes() for address, s in storages.items() if address not in parameters)
+
+    return kept(2) - kept(1)
+
+
+def compare(method, rows):
+    """Prints a paper's table beside what the code measures, without weights, data or GPU.
+
+    method(clip, num_classes, num_frames, **keywords) makes a model. rows: (label, keywords of ViT, keywords of the
+    model, frames, the paper's: total, tunable parameters in millions, GFLOPs of a view), None where it says nothing.
+    Parameters are counted without the classifier. MiB: activations for one clip, bf16, 224 x 224; with --recompute.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    print(
+        f"{'paper | here':>44}{'total, M':>18}{'tunable, M':>18}{'GFLOPs a view':>18}{'MiB a clip':>13}{'recomputed':>11}"
+    )
+    for label, clip, keywords, frames, *printed in rows:
+        with torch.device("meta"):
+            model = method(ViT(**clip), 400, num_frames=frames, **keywords).eval()
+            measured = [gflops(model, torch.empty(1, frames, 3, 224, 224))]
+            model.head = nn.Identity()
+            measured = [n / 1e6 for n in count_parameters(model)] + measured
+        with FakeTensorMode():
+            model = method(ViT(**clip), 400, num_frames=frames, **keywords)
+            cast_frozen(model, torch.bfloat16)
+            video = torch.empty(1, frames, 3, 224, 224)
+            kept = activation_bytes(model, video)
+            recompute(model)
+            memory = kept / 2**20, activation_bytes(model, video) / 2**20
+        cells = (f"{'-' if p is None else f'{p:g}':>8} |{m:8.1f}" for p, m in zip(printed, measured))
+        print(f"{label:44}{' '.join(cells)}{memory[0]:13.0f}{memory[1]:11.0f}")

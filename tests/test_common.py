@@ -87,7 +87,7 @@ def test_activation_follows_the_weights(monkeypatch, name, tag, quick):
     state = {}
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: __file__)
     monkeypatch.setattr(common, "read_weights", lambda path: (state, False))
-    monkeypatch.setattr(common, "image_tower", lambda state: state)
+    monkeypatch.setattr(common, "image_tower", lambda state, shape: state)
     monkeypatch.setattr(common, "load_strict", lambda *args: None)
     with torch.device("meta"):
         vit = load_clip(name, tag)
