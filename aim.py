@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from common import B16, L14, classifier, compare, freeze, load_strict, tensors_of
+from common import B16, L14, choose_blocks, classifier, compare, freeze, load_strict, tensors_of
 
 
 class Adapter(nn.Module):
@@ -82,7 +82,7 @@ class AIM(nn.Module):
     """The video model. `clip` is a `common.ViT`; it is frozen in place. The defaults are the paper's K400 settings.
 
     ratio: bottleneck width over D (table 8). blocks: which blocks are adapted (table 7): "all", "bottom" or "top" half,
-    "every second". scale: s of eq. (5). temporal_in: the SSv2 layout. drop_path: stochastic depth of the last block,
+    "every second", or their numbers. scale: s of eq. (5). temporal_in: the SSv2 layout. drop_path: stochastic depth of the last block,
     rising linearly from 0 at the first. temporal_embedding: learn a position for each frame (in the released code).
     """
 
@@ -104,14 +104,6 @@ class AIM(nn.Module):
     ):
         super().__init__()
         layers = len(clip.blocks)
-        chosen = {
-            "all": range(layers),
-            "bottom": range(layers // 2),
-            "top": range(layers // 2, layers),
-            "every second": range(1, layers, 2),
-        }
-        if blocks not in chosen:
-            raise ValueError(f"blocks is {blocks!r}; it must be one of: {', '.join(chosen)}")
         if not 0 <= drop_path <= 1:
             raise ValueError(f"drop_path is {drop_path}; it is a probability")
         self.num_frames = num_frames
@@ -122,7 +114,7 @@ class AIM(nn.Module):
         rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
         switches = dict(spatial=spatial, temporal=temporal, joint=joint, temporal_in=temporal_in)
         self.adapters = nn.ModuleDict(
-            {str(i): AIMBlock(clip.width, ratio, scale, rates[i], **switches) for i in chosen[blocks]}
+            {str(i): AIMBlock(clip.width, ratio, scale, rates[i], **switches) for i in choose_blocks(blocks, layers)}
         )
         self.dropout = nn.Dropout(dropout)
         self.head = classifier(clip.width, num_classes)

@@ -77,14 +77,13 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, LayerNorm(width, eps) if post_norm else None)
         self.ln_2 = nn.Identity() if post_norm else LayerNorm(width, eps)
         layers = ("c_fc", nn.Linear(width, mlp_width)), ("gelu", activation()), ("c_proj", nn.Linear(mlp_width, width))
-        self.mlp = nn.Sequential(OrderedDict(layers))
-        if post_norm:
-            self.mlp.add_module("norm", LayerNorm(width, eps))
+        norm = ("norm", LayerNorm(width, eps) if post_norm else nn.Identity())
+        self.mlp = nn.Sequential(OrderedDict((*layers, norm)))
 
     def branch(self, function, *x):
         """function(*x), cheap in memory if `recompute`"""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *x, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(function, *x, use_reentrant=False)
         return function(*x)
 
     def msa(self, x):
@@ -375,6 +374,25 @@ def freeze(vit):
     vit.requires_grad_(False)
     vit.proj = vit.proj_bias = None
     return vit
+
+
+def choose_blocks(blocks, layers):
+    """The indices that "all", "bottom", "top" (half), "every second", or numbers ("9 10 11", [9, 10, 11]) stand for."""
+    named = {
+        "all": range(layers),
+        "bottom": range(layers // 2),
+        "top": range(layers // 2, layers),
+        "every second": range(1, layers, 2),
+    }
+    if blocks in named:
+        return list(named[blocks])
+    try:
+        chosen = [int(i) for i in (blocks.replace(",", " ").split() if isinstance(blocks, str) else blocks)]
+    except ValueError:
+        chosen = []
+    if not chosen or not all(0 <= i < layers for i in chosen):
+        raise ValueError(f"blocks is {blocks!r}; it must be {', '.join(named)}, or numbers from 0 to {layers - 1}")
+    return chosen
 
 
 def classifier(width, num_classes):
