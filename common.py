@@ -16,6 +16,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -502,30 +503,45 @@ def activation_bytes(model, video):
     return kept(2) - kept(1)
 
 
+class Row(NamedTuple):
+    """A line of a paper's table: a model, and what the paper prints of it (millions, GFLOPs a view), None for nothing."""
+
+    label: str
+    clip: dict  # keywords of ViT
+    model: dict = {}  # keywords of the method  # noqa: RUF012
+    frames: int | None = 8  # None: only the parameters are compared
+    total: float | None = None
+    tunable: float | None = None
+    gflops: float | None = None
+    training: bool = True  # measure its activations as well
+
+
 def compare(method, rows):
     """Prints a paper's table beside what the code measures, without weights, data or GPU.
 
-    method(clip, num_classes, num_frames, **keywords) makes a model. rows: (label, keywords of ViT, keywords of the
-    model, frames, the paper's: total, tunable parameters in millions, GFLOPs of a view), None where it says nothing.
-    Parameters are counted without the classifier. MiB: activations for one clip, bf16, 224 x 224; with --recompute.
+    Parameters are counted without the classifier, MiB are activations for one clip of 224 x 224 in bf16 training, then
+    those with --recompute.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    print(
-        f"{'paper | here':>44}{'total, M':>18}{'tunable, M':>18}{'GFLOPs a view':>18}{'MiB a clip':>13}{'recomputed':>11}"
-    )
-    for label, clip, keywords, frames, *printed in rows:
+    cell = "{:>8} |{:>8}".format
+    header = [cell("paper", name) for name in ("total M", "tuned M", "GFLOPs")]
+    print(f"{'':40}", *header, f"{'MiB a clip':>11} {'recomputed':>11}")
+    for row in rows:
+        frames = row.frames or 8
         with torch.device("meta"):
-            model = method(ViT(**clip), 400, num_frames=frames, **keywords).eval()
-            measured = [gflops(model, torch.empty(1, frames, 3, 224, 224))]
+            model = method(ViT(**row.clip), 400, num_frames=frames, **row.model).eval()
+            flops = gflops(model, torch.empty(1, frames, 3, 224, 224)) if row.frames else None
             model.head = nn.Identity()
-            measured = [n / 1e6 for n in count_parameters(model)] + measured
-        with FakeTensorMode():
-            model = method(ViT(**clip), 400, num_frames=frames, **keywords)
-            cast_frozen(model, torch.bfloat16)
-            video = torch.empty(1, frames, 3, 224, 224)
-            kept = activation_bytes(model, video)
-            recompute(model)
-            memory = kept / 2**20, activation_bytes(model, video) / 2**20
-        cells = (f"{'-' if p is None else f'{p:g}':>8} |{m:8.1f}" for p, m in zip(printed, measured))
-        print(f"{label:44}{' '.join(cells)}{memory[0]:13.0f}{memory[1]:11.0f}")
+            measured = [n / 1e6 for n in count_parameters(model)] + [flops]
+        memory = []
+        if row.frames and row.training:
+            with FakeTensorMode():
+                model = method(ViT(**row.clip), 400, num_frames=frames, **row.model)
+                cast_frozen(model, torch.bfloat16)
+                video = torch.empty(1, frames, 3, 224, 224)
+                memory = [activation_bytes(model, video) / 2**20]
+                recompute(model)
+                memory.append(activation_bytes(model, video) / 2**20)
+        texts = [["-" if x is None else f"{x:.1f}" for x in pair] for pair in zip(row[4:7], measured)]
+        print(f"{row.label:40}", *(cell(*text) for text in texts), *(f"{m:11.0f}" for m in memory), flush=True)

@@ -161,12 +161,21 @@ def strided(num_frames, T, stride, rng=None, view=0, views=1):
 def train_transform(size, augment):
     """What training does to a clip, uint8 (T, 3, H, W) -> (T, 3, size, size); one draw serves all frames.
 
-    augment: a dict with any of `crop` (area range of the random resized crop), `flip` (probability), `randaugment`
-    (keywords of v2.RandAugment), `erasing` (probability). Without `crop`, as in testing.
+    augment: a dict with any of `crop` (area range of the random resized crop), or `short_side` (range of the short side
+    over `size`, before a random crop), `flip`, `gray` (probabilities), `randaugment` (keywords of v2.RandAugment),
+    `erasing` (probability). With neither crop, as in testing.
     """
-    steps = [v2.RandomResizedCrop(size, scale=augment["crop"]) if "crop" in augment else test_transform(size)]
+    if "crop" in augment:
+        steps = [v2.RandomResizedCrop(size, scale=augment["crop"])]
+    elif "short_side" in augment:
+        least, most = (round(size * share) for share in augment["short_side"])
+        steps = [v2.RandomShortestSize(list(range(least, most + 1))), v2.RandomCrop(size)]
+    else:
+        steps = [test_transform(size)]
     if "flip" in augment:
         steps.append(v2.RandomHorizontalFlip(augment["flip"]))
+    if "gray" in augment:
+        steps.append(v2.RandomGrayscale(augment["gray"]))
     if "randaugment" in augment:
         steps.append(v2.RandAugment(**augment["randaugment"]))
     if "erasing" in augment:

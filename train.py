@@ -31,6 +31,9 @@ from tqdm import tqdm
 
 import aim
 import common
+import side4video
+import st_adapter
+import zeroi2v
 from data import TRIES, Clip, VideoDataset, VideoError, find_clips
 
 # The baselines are trained as AIM is; with all weights tuned, at a tenth of the rate (ZeroI2V, appendix A.2).
@@ -38,16 +41,20 @@ BASELINE = {name: {**recipe, "model": {}} for name, recipe in aim.RECIPES.items(
 BASELINE["toy"]["model"] = {"dropout": 0.0}
 METHODS = {  # name: (class, recipes)
     "aim": (aim.AIM, aim.RECIPES),
+    "st_adapter": (st_adapter.STAdapter, st_adapter.RECIPES),
+    "zeroi2v": (zeroi2v.ZeroI2V, zeroi2v.RECIPES),
+    "side4video": (side4video.Side4Video, side4video.RECIPES),
     "linear_probe": (partial(common.SpaceOnly, tune="head"), BASELINE),
+    "partial_finetune": (partial(common.SpaceOnly, tune="last"), BASELINE),
     "finetune": (
         partial(common.SpaceOnly, tune="all"),
         {name: dict(recipe, lr=recipe["lr"] / 10) for name, recipe in BASELINE.items()},
     ),
 }
 DEFAULTS = dict(  # of everything that a recipe may leave open
-    backbone="ViT-B-16", pretrained="openai", image_size=None, num_frames=8, model={},
+    backbone="ViT-B-16", pretrained="openai", image_size=None, quick_gelu=None, num_frames=8, model={},
     data_root=None, val_data=None, span=0, views=(1, 1), augment={},
-    temporal_lr=1.0, clip_grad=0.0, label_smoothing=0.0, accumulate=1, eval_every=1, precision=None, seed=0,
+    temporal_lr=1.0, clip_grad=0.0, label_smoothing=0.0, accumulate=1, eval_every=1, precision=None, recompute=False, seed=0,
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -114,6 +121,8 @@ def parse(argv):
     device = p.add_argument_group("device")
     device.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
     device.add_argument("--precision", choices=DTYPES, help="of autocast (default: bf16 or fp16 on a GPU, else fp32)")
+    redo = "keep less for the backward pass and compute it again: a quarter of the memory for a third more time"
+    device.add_argument("--recompute", action="store_true", default=None, help=redo)
     device.add_argument("--accumulate", type=number, metavar="N", help="passes a step: less memory, same batch")
     args = p.parse_args(argv)
 
@@ -138,13 +147,15 @@ def settings(args):
     name = args.recipe or (args.data if args.data in recipes else "k400")
     if name not in recipes:
         raise ValueError(f"{args.method} has no recipe {name!r}; choose from {', '.join(recipes)}")
-    run = {**DEFAULTS, **recipes[name], "method": args.method, "data": args.data, "recipe": name}
+    recipe = recipes.get(f"{name} {args.backbone}", recipes[name])  # some ViTs have their own
+    run = {**DEFAULTS, **recipe, "method": args.method, "data": args.data, "recipe": name}
     run["model"] = dict(run["model"])
     if args.backbone and args.backbone != run["backbone"]:
         run["pretrained"] = DEFAULTS["pretrained"]
     override(run, args)
     allowed = {k: type(p.default) for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
     allowed = {k: kind for k, kind in allowed.items() if k not in ("num_frames", "tune")}
+    readers = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda text: tuple(map(int, text.split("x")))}
     for item in args.set:
         key, equals, value = item.partition("=")
         if not equals or key not in allowed:
@@ -152,9 +163,9 @@ def settings(args):
                 f"--set {item}: KEY=VALUE, where {args.method} knows the keys {', '.join(sorted(allowed))}"
             )
         try:
-            value = {"true": True, "false": False}[value] if allowed[key] is bool else allowed[key](value)
+            value = readers.get(allowed[key], allowed[key])(value)
         except (KeyError, ValueError):
-            kind = "true or false" if allowed[key] is bool else f"of type {allowed[key].__name__}"
+            kind = {bool: "true or false", tuple: "numbers like 3x1x1"}.get(allowed[key], allowed[key].__name__)
             raise ValueError(f"--set {item}: the value must be {kind}") from None
         run["model"][key] = value
     return run
@@ -181,9 +192,11 @@ def device_of(args):
 def build(run, num_classes, device):
     """The model that `run` describes; frozen weights in half precision where a GPU computes in it."""
     torch.manual_seed(run["seed"])
-    clip = common.load_clip(run["backbone"], run["pretrained"], run["image_size"])
+    clip = common.load_clip(run["backbone"], run["pretrained"], run["image_size"], run["quick_gelu"])
     cls, _ = METHODS[run["method"]]
     model = cls(clip, num_classes, num_frames=run["num_frames"], **run["model"]).to(device)
+    if run["recompute"]:
+        common.recompute(model)
     if device.type == "cuda" and run["precision"] != "fp32":
         common.cast_frozen(model, DTYPES[run["precision"]])
     return model

@@ -196,7 +196,7 @@ def test_strided_clips_start_anywhere_in_training_and_spread_out_in_testing():
     assert strided(20, 8, 4).tolist() == [0, 4, 8, 12, 16, 19, 19, 19]  # too short: the last frame again
 
 
-AUGMENT = dict(crop=(0.3, 1.0), flip=0.5, randaugment=dict(num_ops=2, magnitude=7), erasing=0.5)
+AUGMENT = dict(crop=(0.3, 1.0), flip=0.5, gray=0.2, randaugment=dict(num_ops=2, magnitude=7), erasing=0.5)
 
 
 def test_every_frame_of_a_clip_is_augmented_alike():
