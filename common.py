@@ -385,7 +385,7 @@ def choose_blocks(blocks, layers):
         "top": range(layers // 2, layers),
         "every second": range(1, layers, 2),
     }
-    if blocks in named:
+    if isinstance(blocks, str) and blocks in named:
         return list(named[blocks])
     try:
         chosen = [int(i) for i in (blocks.replace(",", " ").split() if isinstance(blocks, str) else blocks)]

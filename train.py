@@ -165,7 +165,8 @@ def settings(args):
         try:
             value = readers.get(allowed[key], allowed[key])(value)
         except (KeyError, ValueError):
-            kind = {bool: "true or false", tuple: "numbers like 3x1x1"}.get(allowed[key], allowed[key].__name__)
+            kinds = {bool: "true or false", tuple: "numbers like 3x1x1"}
+            kind = kinds.get(allowed[key], f"of type {allowed[key].__name__}")
             raise ValueError(f"--set {item}: the value must be {kind}") from None
         run["model"][key] = value
     return run
@@ -360,7 +361,8 @@ def load(path):
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["run"], checkpoint["state"]
+        checkpoint["run"] = {**DEFAULTS, **checkpoint["run"]}  # an older one lacks newer settings
+        checkpoint["state"]
     except Exception as e:  # whatever the unpickler says of a file that is not ours
         raise ValueError(f"{path} is not a checkpoint of train.py, or it is damaged") from e
     return checkpoint

@@ -1,14 +1,21 @@
 """The image tower and its loader against open_clip, with random weights."""
 
+import importlib
 import json
 
 import open_clip
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
+from aim import AIM
 from common import ViT, load_clip
+from side4video import Side4Video
+from st_adapter import STAdapter
+from zeroi2v import ZeroI2V
 
 NAME = "ViT-S-32"  # small enough to build with its text tower in a test
 
@@ -207,3 +214,169 @@ def test_gflops_of_the_plain_vit_are_the_papers():
         for args, paper in (((224, 16, 768, 12, 12), 422), ((224, 14, 1024, 24, 16), 1946)):
             model, video = common.SpaceOnly(ViT(*args), 400), torch.empty(1, 8, 3, 224, 224)
             assert 3 * common.gflops(model, video) == pytest.approx(paper, rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def small_trunks(tmp_path_factory):
+    """Small copies of timm's architectures, made known to timm and open_clip: EVA02-E-14's, and ImageNet-21K's ViT."""
+    from timm.models import eva, register_model, vision_transformer
+
+    sizes = dict(img_size=56, patch_size=14, embed_dim=64, depth=3, num_heads=4)
+
+    def small_eva_enormous(pretrained=False, **kwargs):
+        like = "eva02_enormous_patch14_clip_224"
+        return eva._create_eva(like, **(sizes | dict(mlp_ratio=5.5, use_post_norm=True, global_pool="token") | kwargs))
+
+    def small_vit_in21k(pretrained=False, **kwargs):
+        return vision_transformer._create_vision_transformer("vit_base_patch16_224", **(sizes | kwargs))
+
+    for build in (small_eva_enormous, small_vit_in21k):
+        build.__module__ = "timm.models.eva"
+        register_model(build)
+    config = open_clip.get_model_config("EVA02-E-14")
+    config["vision_cfg"].update(image_size=56, timm_model_name="small_eva_enormous")
+    config["text_cfg"].update(width=64, heads=2, layers=1)
+    config["embed_dim"] = 48
+    path = tmp_path_factory.mktemp("configs") / "EVA-Small-14.json"
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    return sizes
+
+
+def randomize(model):
+    """No branch may hide behind a zero."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def test_evas_post_norm_tower_answers_as_open_clips(small_trunks, tmp_path):
+    theirs, path = randomize(open_clip.create_model("EVA-Small-14")), tmp_path / "eva.pt"
+    torch.save(theirs.state_dict(), path)
+    ours = load_clip("EVA-Small-14", path)
+    assert ours.blocks[0].mlp.c_fc.out_features == 352
+    assert_same_features(ours, theirs, torch.randn(2, 3, 56, 56))
+    torch.save(theirs.visual.state_dict(), path)
+    assert_same_features(load_clip("EVA-Small-14", path), theirs, torch.randn(2, 3, 56, 56))
+
+
+def test_the_real_eva_enormous_has_open_clips_shapes():
+    with torch.device("meta"):
+        vit = load_clip("EVA02-E-14", None)
+        trunk = timm.create_model("eva02_enormous_patch14_clip_224", num_classes=1024)
+    k_biases = 64 * 1792  # ours are there, and zero
+    parameters = sum(p.numel() for p in trunk.parameters())
+    assert common.count_parameters(vit)[0] == parameters + k_biases
+    assert len(vit.blocks) == 64 and vit.heads == 16 and isinstance(vit.blocks[0].ln_1, torch.nn.Identity)
+
+
+@torch.no_grad()
+def test_imagenets_vit_answers_as_timms(small_trunks, tmp_path):
+    theirs, path = randomize(timm.create_model("small_vit_in21k", num_classes=21)), tmp_path / "vit.pt"
+    torch.save(theirs.state_dict(), path)
+    ours, images = load_clip("small_vit_in21k", path), torch.randn(2, 3, 56, 56)
+    tokens = theirs.forward_features(images)
+    torch.testing.assert_close(ours.eval()(images), tokens[:, 0], atol=1e-5, rtol=1e-5)
+    larger = load_clip("small_vit_in21k", path, image_size=84)
+    assert larger(torch.randn(1, 3, 84, 84)).shape == (1, 64)
+
+
+def test_imagenets_pixels_and_norms_are_its_own(monkeypatch):
+    name = "vit_base_patch16_224.augreg_in21k"
+    with torch.device("meta"):
+        vit = load_clip(name, None)
+    assert (vit.mean, vit.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert vit.ln_post.eps == vit.blocks[0].ln_1.eps == 1e-6
+    assert isinstance(vit.ln_pre, torch.nn.Identity) and vit.proj is None and vit.conv1.bias is not None
+
+    def offline(*args, pretrained=False, create=timm.create_model, **kwargs):
+        if pretrained:
+            raise ConnectionError("no route")
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(FileNotFoundError, match=r"cannot download .*ConnectionError"):
+        load_clip(name)
+
+
+@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14", "vit_base_patch14_dinov2", "deit3_base_patch16_224"])
+def test_towers_with_extras_are_refused_by_name(name):
+    with pytest.raises(ValueError, match="no plain ViT"):
+        load_clip(name, None)
+
+
+def test_every_method_adapts_every_kind_of_tower(small_trunks):
+    video = torch.randn(2, 4, 3, 56, 56)
+    for name in ("EVA-Small-14", "small_vit_in21k"):
+        for build in (
+            lambda clip: AIM(clip, 5, 4),
+            lambda clip: STAdapter(clip, 5, 4, before_attention=True),
+            lambda clip: ZeroI2V(clip, 5, 4),
+        ):
+            model = build(load_clip(name, None)).eval()
+            plain = common.SpaceOnly(model.vit, 5, 4).eval()
+            if isinstance(model, ZeroI2V):
+                for block in model.blocks:
+                    block.temporal = "none"
+            expected = plain.features(video)
+            if isinstance(model, STAdapter):  # the mean over frames before the norm
+                z = model.vit.ln_pre(model.vit.embed(video.flatten(0, 1)))
+                for block in model.vit.blocks:
+                    z = block(z)
+                expected = model.vit.ln_post(z[:, 0].unflatten(0, (2, 4)).mean(1))
+            torch.testing.assert_close(model.features(video), expected, atol=1e-5, rtol=1e-5)
+        assert Side4Video(load_clip(name, None), 5, 4, width=64)(video).shape == (2, 5)
+
+
+def test_partial_fine_tuning_tunes_the_last_block():
+    with torch.device("meta"):
+        model = common.SpaceOnly(ViT(), 400, tune="last")
+    assert common.count_parameters(model)[1] / 1e6 == pytest.approx(7.40, abs=0.005)  # ST-Adapter's poster
+    with pytest.raises(ValueError, match="head, last or all"):
+        common.SpaceOnly(ViT(32, 8, 64, 2, 4), 5, tune="some")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chosen"),
+    [("all", [0, 1, 2, 3]), ("top", [2, 3]), ("every second", [1, 3]), ("3, 0", [3, 0]), ([1], [1])],
+)
+def test_blocks_are_chosen_by_name_or_number(blocks, chosen):
+    assert common.choose_blocks(blocks, 4) == chosen
+    for wrong in ("none", "4", "-1", []):
+        with pytest.raises(ValueError, match="numbers from 0 to 3"):
+            common.choose_blocks(wrong, 4)
+
+
+def test_recomputing_gives_the_same_gradients_and_keeps_less():
+    torch.manual_seed(0)
+    video, kept, gradients = torch.randn(2, 4, 3, 32, 32), [], []
+    for redo in (False, True):
+        torch.manual_seed(1)
+        model = common.SpaceOnly(ViT(32, 8, 64, 3, 4), 5, 4, tune="all", dropout=0.0)
+        if redo:
+            common.recompute(model)
+        model(video).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        kept.append(common.activation_bytes(model, video[:1]))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_activation_bytes_are_those_of_a_real_pass_and_of_a_sum_by_hand():
+    video = torch.zeros(1, 4, 3, 32, 32)
+    real = common.activation_bytes(AIM(ViT(32, 8, 64, 2, 4), 5, 4, drop_path=0.0), video)
+    with FakeTensorMode():
+        assert common.activation_bytes(AIM(ViT(32, 8, 64, 2, 4), 5, 4, drop_path=0.0), torch.zeros(video.shape)) == real
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32 * 4, 100), torch.nn.GELU())
+    # The input in bf16 for the weights' gradient, and the GELU's.
+    assert common.activation_bytes(model, video) == 2 * (3 * 32 * 32 * 4 + 100)
+
+
+@pytest.mark.parametrize("method", ["aim", "st_adapter", "zeroi2v", "side4video"])
+def test_the_method_files_print_their_papers_tables(method, capsys):
+    module = importlib.import_module(method)
+    row = module.PAPER[0]
+    common.compare(common.SpaceOnly, [row._replace(model={}), row._replace(model={}, frames=None)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and row.label in lines[1] and "140.5" in lines[1] and "140.5" not in lines[2]

@@ -107,6 +107,42 @@ def test_a_resumed_run_ends_with_the_same_bits(trained, folder, tmp_path, monkey
     assert_same_state(state(out), state(trained[0]))
 
 
+@pytest.mark.parametrize(
+    "method", ["st_adapter", "zeroi2v", "side4video", "linear_probe", "partial_finetune", "finetune"]
+)
+def test_every_method_trains_resumes_and_evaluates(method, folder, tmp_path):
+    argv = flags(folder, tmp_path, "--epochs", 1, "--method", method)
+    first = train.main(argv)
+    again = train.main(["--eval", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--workers", "0"])
+    assert again == first
+    train.main([*argv, "--epochs", "2", "--resume"])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+
+
+@pytest.mark.parametrize("method", ["aim", "st_adapter", "zeroi2v", "side4video"])
+def test_recomputing_trains_to_the_same_weights(method, folder, tmp_path):
+    argv = ["--epochs", 1, "--method", method]
+    for name, more in (("kept", []), ("redone", ["--recompute"])):
+        train.main(flags(folder, tmp_path / name, *argv, *more))
+    assert_same_state(state(tmp_path / "kept"), state(tmp_path / "redone"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_may_have_its_own_recipe_and_a_kernel_its_own_form():
+    def settings(text):
+        return train.settings(train.parse(text.split()))
+
+    base = "--method side4video --data videos --recipe k400"
+    assert settings(base)["lr"] == 1e-3 and settings(base)["model"] == {}
+    large = settings(base + " --backbone ViT-L-14")
+    assert (large["lr"], large["model"], large["batch_size"]) == (1e-4, {"width": 512}, 256)
+    assert settings(base + " --backbone EVA02-E-14")["model"] == {"width": 576, "side_layers": 32}
+    kernel = settings("--method st_adapter --data videos --set kernel=3x3x3")["model"]["kernel"]
+    assert kernel == (3, 3, 3)
+    with pytest.raises(ValueError, match="numbers like 3x1x1"):
+        settings("--method st_adapter --data videos --set kernel=3,1")
+
+
 def test_accumulated_passes_give_the_same_weights(trained, folder, tmp_path):
     still = ["--set", "dropout=0.0", "drop_path=0.0", "--epochs", 1]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
