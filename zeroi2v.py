@@ -362,15 +362,15 @@ SSV2 = dict(
 TOY = dict(
     backbone="ViT-Toy-16",
     pretrained="shipped",
-    epochs=4,
+    epochs=8,
     warmup_epochs=0.3,
     batch_size=12,
-    lr=8e-3,
+    lr=4e-3,
     temporal_lr=5.0,
     weight_decay=0.05,
     clip_grad=1.0,
-    eval_every=4,
-    model=dict(adapt="q k v o up down", dropout=0.0),
+    eval_every=8,
+    model=dict(offsets="-1 1 2", adapt="q k v o up down", dropout=0.0),  # its ViT has three heads
 )
 RECIPES = {"k400": K400, "ssv2": SSV2, "toy": TOY}
 

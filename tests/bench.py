@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import train  # noqa: E402
+import common
+import train
 
 ADAPTED = ("aim", "st_adapter", "zeroi2v", "side4video")
 
