@@ -281,13 +281,13 @@ SSV2 = dict(
 TOY = dict(
     backbone="ViT-Toy-16",
     pretrained="shipped",
-    epochs=4,
+    epochs=6,
     warmup_epochs=0.3,
     batch_size=12,
     lr=4e-3,
     weight_decay=0.05,
     clip_grad=1.0,
-    eval_every=4,
+    eval_every=6,
     model=dict(width=64),
 )
 L14_MODEL, E14_MODEL = dict(width=512), dict(width=576, side_layers=32)

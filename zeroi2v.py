@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import save_file
 from torch import nn
 
 from common import (
@@ -241,8 +242,13 @@ class ZeroI2V(nn.Module):
         width, heads = clip.width, clip.heads
         offsets = offsets.replace(",", " ").split() if isinstance(offsets, str) else offsets
         their_offsets, their_adapt = table_6(heads, num_frames, dataset)
-        offsets = [int(dt) for dt in offsets] or their_offsets
+        try:
+            offsets = [int(dt) for dt in offsets] or their_offsets
+        except ValueError:
+            raise ValueError(f"offsets is {' '.join(offsets)!r}; it must be whole numbers: -1 1 2") from None
         names = (adapt or their_adapt).replace(",", " ").split()
+        if kind == "lora" and not adapt:
+            names = WEIGHTS
         unknown = [name for name in names if name not in (*WEIGHTS, "qkv")]
         if unknown or ("qkv" in names and (kind == "lora" or {"q", "k", "v"} & set(names))):
             raise ValueError(f"adapt is {adapt!r}; {kind} goes with some of {', '.join(WEIGHTS)}, or qkv for three")
@@ -254,10 +260,12 @@ class ZeroI2V(nn.Module):
         channels = [size * i + j for i, dt in enumerate(offsets) if dt for j in range(size)]  # of the temporal heads
 
         def adapter(name):
+            bottleneck = max(int(width * ratio), 1)
             if kind == "lora":
-                inputs, outputs = width * (4 if name == "down" else 1), width * (4 if name == "up" else 1)
-                return LoRA(inputs, outputs, int(width * ratio), scale)
-            return Adapter(width, int(width * ratio), scale, adapter_dropout, nn.GELU() if kind == "gelu" else None)
+                mlp_width = clip.blocks[0].mlp.c_fc.out_features
+                inputs, outputs = mlp_width if name == "down" else width, mlp_width if name == "up" else width
+                return LoRA(inputs, outputs, bottleneck, scale)
+            return Adapter(width, bottleneck, scale, adapter_dropout, nn.GELU() if kind == "gelu" else None)
 
         self.num_frames = num_frames
         self.vit = freeze(clip)
@@ -421,18 +429,20 @@ def merge_checkpoint(source, target):
     """
     try:
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        run, classes = checkpoint["run"], checkpoint["classes"]
+        run, classes, state = checkpoint["run"], checkpoint["classes"], checkpoint["state"]
     except Exception as error:  # whatever the unpickler says of a file that is not ours
         raise ValueError(f"{source} is not a checkpoint of train.py ({type(error).__name__})") from error
     if run["method"] != "zeroi2v":
         raise ValueError(f"{source} is of --method {run['method']}, which does not merge")
+    if not target.parent.is_dir() or target.is_dir() or target.resolve() == source.resolve():
+        raise ValueError(f"{target} cannot be written: name a new file in a folder that exists")
     torch.manual_seed(run["seed"])
-    clip = load_clip(run["backbone"], run["pretrained"], run["image_size"])
-    names, proj = list(clip.state_dict()), {k: v for k, v in clip.state_dict().items() if k.startswith("proj")}
+    clip = load_clip(run["backbone"], run["pretrained"], run["image_size"], run.get("quick_gelu"))
+    tower = clip.state_dict()  # with the projection, which `freeze` drops
     model = ZeroI2V(clip, len(classes), run["num_frames"], **run["model"])
-    load_tuned(model, checkpoint["state"], source)
-    tower = model.merge().vit.state_dict() | proj
-    torch.save({name: tower[name] for name in names}, target)
+    load_tuned(model, state, source)
+    tower |= model.merge().vit.state_dict()
+    (save_file if target.suffix == ".safetensors" else torch.save)(tower, target)
 
     quick_gelu = isinstance(clip.blocks[0].mlp.gelu, QuickGELU)  # which the tower's file does not tell
     size = dict(pretrained=str(target.resolve()), image_size=clip.image_size, quick_gelu=quick_gelu)
