@@ -123,7 +123,7 @@ class STAdapter(nn.Module):
             if "attn" in adapters:
                 z = adapters["attn"](z, rows)
             z = z + block.msa(z)
-            if "mlp" in adapters:
+            if "mlp" in adapters:  # in the last block it is idle: its patches reach no [class] token any more
                 z = adapters["mlp"](z, rows)
             z = z + block.ffn(z)
         return self.vit.ln_post(z[:, :, 0].mean(1))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aim
 import common
@@ -188,3 +189,11 @@ def test_stochastic_depth_rises_over_the_blocks_and_rests_in_evaluation():
 def test_a_clip_of_another_length_is_refused():
     with pytest.raises(ValueError, match="8 frames, the model was built for num_frames=4"):
         tiny()(torch.randn(1, 8, 3, 32, 32))
+
+
+def test_activations_are_few():
+    with FakeTensorMode():
+        model, video = AIM(ViT(), 400), torch.empty(1, 8, 3, 224, 224)
+        assert common.activation_bytes(model, video) <= 0.75 * 746 * 2**20
+        common.recompute(model)
+        assert common.activation_bytes(model, video) <= 0.25 * 746 * 2**20
