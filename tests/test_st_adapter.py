@@ -183,13 +183,13 @@ def test_a_kernel_that_cannot_keep_the_shape_is_refused(kernel):
     ("activation", "f"), [("none", lambda x: x), ("relu", lambda x: x.clamp(min=0)), ("gelu", F.gelu)]
 )
 def test_the_adapter_is_eq_1_on_patches_and_nothing_on_the_class_token(activation, f):
-    adapter, (down, conv, up) = SpatioTemporalAdapter(16, 6, (3, 3, 1), activation), ("down", "conv", "up")
-    p = dict(randomize(adapter).named_parameters())
+    adapter = randomize(SpatioTemporalAdapter(16, 6, (3, 3, 1), activation))
+    p = dict(adapter.named_parameters())
     z = torch.randn(2, 4, 1 + 2 * 3, 16)  # patches in 2 rows of 3
-    x = (z[:, :, 1:] @ p[f"{down}.weight"].T + p[f"{down}.bias"]).unflatten(2, (2, 3)).movedim(-1, 1)
-    x = F.conv3d(x, p[f"{conv}.weight"], p[f"{conv}.bias"], padding=(1, 1, 0), groups=6).movedim(1, -1).flatten(2, 3)
+    x = (z[:, :, 1:] @ p["down.weight"].T + p["down.bias"]).unflatten(2, (2, 3)).movedim(-1, 1)
+    x = F.conv3d(x, p["conv.weight"], p["conv.bias"], padding=(1, 1, 0), groups=6).movedim(1, -1).flatten(2, 3)
     answer = adapter(z, 2)
-    torch.testing.assert_close(answer[:, :, 1:], z[:, :, 1:] + f(x) @ p[f"{up}.weight"].T + p[f"{up}.bias"])
+    torch.testing.assert_close(answer[:, :, 1:], z[:, :, 1:] + f(x) @ p["up.weight"].T + p["up.bias"])
     assert torch.equal(answer[:, :, 0], z[:, :, 0])
 
 
@@ -213,7 +213,8 @@ def test_it_starts_as_the_frozen_image_model_on_each_frame(switches):
         z = block(z)
     plain = model.vit.ln_post(z[:, 0].unflatten(0, (2, 4)).mean(1))
     torch.testing.assert_close(model.features(video), plain)
-    assert not torch.allclose(randomize(model.adapters) and model.features(video), plain, atol=1e-2)
+    randomize(model.adapters)
+    assert not torch.allclose(model.features(video), plain, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_adapters_stand_in_the_chosen_blocks_and_nowhere_else(blocks, chosen):
         called = []
         for i, adapters in enumerate(model.adapters):
             for place, adapter in adapters.items():
-                adapter.register_forward_hook(lambda *_, name=(i, place): called.append(name))
+                adapter.register_forward_hook(lambda *_, called=called, name=(i, place): called.append(name))
         model(clips())
         assert called == [(i, place) for i in chosen for place in places]
 
@@ -246,7 +247,7 @@ def test_a_wrong_choice_of_blocks_is_refused(blocks):
         ((5, 1, 1), [0], [1, 2, 3, 4, 5]),
         ((3, 1, 1), [0, 1], [1, 2, 3, 4, 5]),
         ((1, 3, 3), [0, 1], [3]),
-        ((3, 3, 3), [1], [2, 3, 4]),
+        ((3, 3, 3), [0], [2, 3, 4]),
     ],
 )
 def test_frames_see_each_other_through_the_kernels_time_extent_alone(kernel, blocks, changed):
