@@ -66,7 +66,7 @@ class AIMBlock(nn.Module):
 
         def mlps(z):
             y = block.ln_2(z)
-            return block.mlp(y), self.scale * self.joint(y)
+            return self.scale * self.joint(y), block.mlp(y)  # in this order a recomputation can stop before W_down
 
         if self.temporal is not None:
             zt = rearrange(self.temporal(block.branch(t_msa, z)), "(b n) t d -> b t n d", b=len(z))
@@ -74,7 +74,7 @@ class AIMBlock(nn.Module):
         z = z + self.spatial(block.msa(z))  # eq. (4)
         if self.joint is None:
             return z + block.ffn(z)  # eq. (2)
-        mlp, adapted = block.branch(mlps, z)
+        adapted, mlp = block.branch(mlps, z)
         return z + mlp + self.drop_path(adapted)  # eq. (5)
 
 

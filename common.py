@@ -332,7 +332,7 @@ def tensors_of(checkpoint):
     return max([own, *(tensors_of(v) for v in checkpoint.values() if isinstance(v, dict))], key=len)
 
 
-def image_tower(state, shape):
+def image_tower(state, shape=None):
     """The image tower's tensors, by CLIP's own names, of a state dict that may hold other towers and any prefix."""
     anchors = ("class_embedding", "cls_token")
     anchor = next((k for k in state if k.endswith(anchors)), None)

@@ -173,7 +173,7 @@ class Side4Video(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of: {', '.join(known)}")
-        if width % 64:
+        if width < 64 or width % 64:
             raise ValueError(f"width is {width}; it must be a multiple of 64, the width of a head")
         if not 0 < side_layers <= layers or (fusion == "interval" and layers % side_layers):
             raise ValueError(f"side_layers is {side_layers}: the {layers} blocks of the ViT cannot be read so")
@@ -216,7 +216,7 @@ class Side4Video(nn.Module):
     def outputs(self, video):
         """The outputs Z (B, T, N+1, D) of the ViT's blocks that are read, one after the other."""
         z = self.vit.ln_pre(self.vit.embed(video.flatten(0, 1)))
-        for i, block in enumerate(self.vit.blocks[: self.read[-1] + 1]):
+        for i, block in enumerate(self.vit.blocks):
             z = block(z)
             if i in self.read:
                 yield z.unflatten(0, video.shape[:2])
@@ -239,10 +239,10 @@ def load_official(model, checkpoint):
         elif key.endswith(".depth.weight"):
             tensor = tensor.flatten(2)
         renamed[re.sub(r"^visual\.", "vit.", key)] = tensor
-    # Recognition uses neither: the released files may lack or keep them.
-    own = model.vit.state_dict()
-    renamed = {k: v for k, v in renamed.items() if k != "vit.proj"}
-    renamed.update({f"vit.{k}": own[k] for k in own if k.startswith("ln_post.") and f"vit.{k}" not in renamed})
+    # What recognition does not use, released files may lack or keep.
+    renamed.pop("vit.proj", None)
+    for key in ("vit.ln_post.weight", "vit.ln_post.bias"):
+        renamed.setdefault(key, model.state_dict()[key])
     load_strict(model, renamed, "of Side4Video's authors")
 
 

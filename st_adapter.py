@@ -24,7 +24,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import B16, L14, Row, choose_blocks, classifier, compare, freeze, load_tuned, tensors_of
+from common import (
+    B16,
+    L14,
+    Row,
+    choose_blocks,
+    classifier,
+    compare,
+    freeze,
+    image_tower,
+    load_strict,
+    load_tuned,
+    tensors_of,
+)
 
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -100,12 +112,14 @@ class STAdapter(nn.Module):
         dropout=0.5,
     ):
         super().__init__()
-        kernel = tuple(int(k) for k in kernel)
-        if len(kernel) != 3 or any(k < 1 or k % 2 == 0 for k in kernel):
+        kernel = tuple(kernel)
+        if len(kernel) != 3 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel):
             raise ValueError(f"kernel is {kernel}; it must be three odd numbers: time, height, width")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; it must be one of: {', '.join(ACTIVATIONS)}")
         places = [name for name, wanted in (("attn", before_attention), ("mlp", before_mlp)) if wanted]
+        if not places:
+            raise ValueError("an adapter stands before_attention, before_mlp, or both; not nowhere")
         chosen = choose_blocks(blocks, len(clip.blocks))
         self.vit = freeze(clip)
         self.adapters = nn.ModuleList(nn.ModuleDict() for _ in clip.blocks)
@@ -134,20 +148,20 @@ class STAdapter(nn.Module):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it does not fit.
+    """Reads the authors' checkpoint as `torch.load` gives it, with any prefix; ValueError if it does not fit.
 
-    It holds what is tuned; frozen weights may lie beside it under "clip", else the model keeps those that it has.
+    It holds what is tuned; CLIP's weights may lie beside it under "clip", else the model keeps those that it has.
     """
-    renamed = {}
-    for key, tensor in tensors_of(checkpoint.get("clip", {})).items():
-        name = re.sub(r"^.*?visual\.", "vit.", key)
-        if name.startswith("vit.") and name != "vit.proj":
-            renamed[name] = tensor
+    clip, renamed = checkpoint.get("clip"), {}
     for key, tensor in tensors_of({k: v for k, v in checkpoint.items() if k != "clip"}).items():
         key = re.sub(r"^(.*\.)?fc\.(weight|bias)$", r"head.\2", key)
         key = re.sub(r"^.*?resblocks\.(\d+)\.adapter_pre_(attn|mlp)\.", r"adapters.\1.\2.", key)
         renamed[key.replace(".fc1.", ".down.").replace(".fc2.", ".up.")] = tensor
-    load_tuned(model, renamed, "of ST-Adapter's authors")
+    if not clip:
+        return load_tuned(model, renamed, "of ST-Adapter's authors")
+    tower = image_tower(tensors_of(clip))
+    renamed |= {f"vit.{key}": tensor for key, tensor in tower.items() if key != "proj"}
+    load_strict(model, renamed, "of ST-Adapter's authors")
 
 
 # The released configurations. The learning rate is 1e-3 for 256 clips, in proportion for other batches.

@@ -325,3 +325,14 @@ def test_activations_take_less_memory_than_the_released_codes():
         assert common.activation_bytes(model, video) <= 0.72 * released
         common.recompute(model)
         assert common.activation_bytes(model, video) <= 0.25 * released
+
+
+def test_a_clip_beside_the_checkpoint_is_read_strictly_and_with_any_prefix():
+    data = golden("k400")
+    model, tuned, clip = model_of(data), data["checkpoint"]["model"], data["checkpoint"]["clip"]
+    bare = {k.removeprefix("visual."): v for k, v in clip.items()}
+    st_adapter.load_official(model, {"model": tuned, "clip": {"state_dict": bare}})
+    torch.testing.assert_close(model(data["video"]), data["logits"], atol=1e-4, rtol=0)
+    lacking = {k: v for k, v in clip.items() if "ln_pre.bias" not in k}
+    with pytest.raises(ValueError, match=r"misses vit\.ln_pre\.bias"):
+        st_adapter.load_official(model, {"model": tuned, "clip": lacking})
