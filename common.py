@@ -10,11 +10,15 @@ Shapes: B clips, T frames, N patches a frame, D width, h heads.
 """
 
 import difflib
+import os
 import re
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -517,31 +521,36 @@ class Row(NamedTuple):
 
 
 def compare(method, rows):
-    """Prints a paper's table beside what the code measures, without weights, data or GPU.
+    """Prints a paper's table beside what the code measures, without weights, data or GPU; a core measures a row.
 
     Parameters are counted without the classifier, MiB are activations for one clip of 224 x 224 in bf16 training, then
     those with --recompute.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     cell = "{:>8} |{:>8}".format
     header = [cell("paper", name) for name in ("total M", "tuned M", "GFLOPs")]
-    print(f"{'':40}", *header, f"{'MiB a clip':>11} {'recomputed':>11}")
-    for row in rows:
-        frames = row.frames or 8
-        with torch.device("meta"):
-            model = method(ViT(**row.clip), 400, num_frames=frames, **row.model).eval()
-            flops = gflops(model, torch.empty(1, frames, 3, 224, 224)) if row.frames else None
-            model.head = nn.Identity()
-            measured = [n / 1e6 for n in count_parameters(model)] + [flops]
-        memory = []
-        if row.frames and row.training:
-            with FakeTensorMode():
-                model = method(ViT(**row.clip), 400, num_frames=frames, **row.model)
-                cast_frozen(model, torch.bfloat16)
-                video = torch.empty(1, frames, 3, 224, 224)
-                memory = [activation_bytes(model, video) / 2**20]
-                recompute(model)
-                memory.append(activation_bytes(model, video) / 2**20)
-        texts = [["-" if x is None else f"{x:.1f}" for x in pair] for pair in zip(row[4:7], measured)]
-        print(f"{row.label:40}", *(cell(*text) for text in texts), *(f"{m:11.0f}" for m in memory), flush=True)
+    print(f"{'':40}", *header, f"{'MiB a clip':>11} {'recomputed':>11}", flush=True)
+    with ProcessPoolExecutor(min(len(rows), os.cpu_count(), 8), mp_context=get_context("spawn")) as pool:
+        for row, (*measured, memory) in zip(rows, pool.map(measure, repeat(method), rows)):
+            texts = [["-" if x is None else f"{x:.1f}" for x in pair] for pair in zip(row[4:7], measured)]
+            print(f"{row.label:40}", *(cell(*text) for text in texts), *(f"{m:11.0f}" for m in memory), flush=True)
+
+
+def measure(method, row):
+    """-> total and tunable parameters (M), GFLOPs a view or None, [MiB kept for a clip, MiB with recomputation] or []"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    frames, memory = row.frames or 8, []
+    with torch.device("meta"):
+        model = method(ViT(**row.clip), 400, num_frames=frames, **row.model).eval()
+        flops = gflops(model, torch.empty(1, frames, 3, 224, 224)) if row.frames else None
+        model.head = nn.Identity()
+        total, tunable = (n / 1e6 for n in count_parameters(model))
+    if row.frames and row.training:
+        with FakeTensorMode():
+            model = method(ViT(**row.clip), 400, num_frames=frames, **row.model)
+            cast_frozen(model, torch.bfloat16)
+            video = torch.empty(1, frames, 3, 224, 224)
+            memory = [activation_bytes(model, video) / 2**20]
+            recompute(model)
+            memory.append(activation_bytes(model, video) / 2**20)
+    return total, tunable, flops, memory
