@@ -277,6 +277,7 @@ SSV2 = dict(
     batch_size=128,
     views=(2, 3),
     augment=dict(crop=(0.08, 1.0), flip=0.5, randaugment=dict(num_ops=4, magnitude=7)),
+    repeat=2,
 )
 TOY = dict(
     backbone="ViT-Toy-16",

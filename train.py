@@ -1,6 +1,7 @@
 """Train, evaluate and use the video models: one plain loop for all methods and datasets.
 
     python train.py --method aim --data toy                              a result in minutes, nothing to download
+    python train.py --method aim --data k400 --data-root /data/k400      a dataset as its site or a mirror gives it
     python train.py --method aim --data my_videos                        my_videos/{train,val}/CLASS/*.mp4
     python train.py --method aim --data train.txt --val-data val.txt     list files, `path label` a line
     torchrun --nproc_per_node 8 train.py --method aim --data ...         the same on eight GPUs
@@ -34,7 +35,7 @@ import common
 import side4video
 import st_adapter
 import zeroi2v
-from data import TRIES, Clip, VideoDataset, VideoError, find_clips
+from data import DATASETS, TRIES, Clip, VideoDataset, VideoError, find_clips
 
 # The baselines are trained as AIM is; with all weights tuned, at a tenth of the rate (ZeroI2V, appendix A.2).
 BASELINE = {name: {**recipe, "model": {}} for name, recipe in aim.RECIPES.items()}
@@ -53,9 +54,10 @@ METHODS = {  # name: (class, recipes)
 }
 DEFAULTS = dict(  # of everything that a recipe may leave open
     backbone="ViT-B-16", pretrained="openai", image_size=None, quick_gelu=None, num_frames=8, model={},
-    data_root=None, val_data=None, span=0, views=(1, 1), augment={},
+    data_root=None, val_data=None, annotations=None, fold=1, skip=None, span=0, views=(1, 1), augment={}, repeat=1,
     temporal_lr=1.0, clip_grad=0.0, label_smoothing=0.0, accumulate=1, eval_every=1, precision=None, recompute=False, seed=0,
 )  # fmt: skip
+FAILURES = 0.05  # the share of unreadable videos above which training stops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,9 +83,16 @@ def parse(argv):
     job.add_argument("--seed", type=natural, help="of the new weights, the order and the augmentation (default: 0)")
 
     data = p.add_argument_group("data")
-    data.add_argument("--data", help="toy, a folder with train/CLASS and val/CLASS, or a list file")
+    names = ", ".join(["toy", *DATASETS])
+    data.add_argument("--data", help=f"{names}, a folder with train/CLASS and val/CLASS, or a list file")
     data.add_argument("--val-data", help="the list file to evaluate on, if --data is one")
-    data.add_argument("--data-root", help="what list files' paths start at; where toy is written (default: datasets)")
+    root = (
+        "where a named dataset's videos are, what list files' paths start at, where toy is written (default: datasets)"
+    )
+    data.add_argument("--data-root", help=root)
+    data.add_argument("--annotations", help="where a named dataset's annotation files are (default: --data-root)")
+    data.add_argument("--fold", type=number, choices=(1, 2, 3), help="of UCF101's and HMDB51's three (default: 1)")
+    data.add_argument("--skip", help="a file of videos to leave out, as `python data.py check` writes")
     data.add_argument("--split", choices=("val", "test"), default="val", help="what --eval evaluates on (default: val)")
     data.add_argument("--workers", type=natural, help="loader processes (default: a core each, at most 8; toy: none)")
 
@@ -144,11 +153,15 @@ def parse(argv):
 def settings(args):
     """A run's whole description as plain values, for its checkpoint: the method's recipe, overridden by flags."""
     cls, recipes = METHODS[args.method]
-    name = args.recipe or (args.data if args.data in recipes else "k400")
+    source = DATASETS.get(args.data)
+    name = args.recipe or (source.recipe if source else args.data)
+    if name not in recipes and args.recipe is None:
+        name = "k400"  # what a method's paper does not tell is done as on Kinetics, but for the sampling
     if name not in recipes:
         raise ValueError(f"{args.method} has no recipe {name!r}; choose from {', '.join(recipes)}")
     recipe = recipes.get(f"{name} {args.backbone}", recipes[name])  # some ViTs have their own
-    run = {**DEFAULTS, **recipe, "method": args.method, "data": args.data, "recipe": name}
+    sampling = source.sampling if source and name != source.recipe else {}
+    run = {**DEFAULTS, **recipe, **sampling, "method": args.method, "data": args.data, "recipe": name}
     run["model"] = dict(run["model"])
     if args.backbone and args.backbone != run["backbone"]:
         run["pretrained"] = DEFAULTS["pretrained"]
@@ -256,8 +269,10 @@ def warmup_cosine(step, steps, warmup):
 def epoch_order(run, num_clips, epoch, place, micro):
     """This process's clips in this epoch, in order; a global batch holds the same clips for any number of processes."""
     generator = torch.Generator().manual_seed(1_000_003 * run["seed"] + epoch)
-    whole_batches = num_clips // run["batch_size"] * run["batch_size"]
-    order = torch.randperm(num_clips, generator=generator)[:whole_batches]
+    order = torch.randperm(num_clips, generator=generator)
+    again = num_clips * torch.arange(run["repeat"])  # repeated sampling: item i + k num_clips is clip i, drawn anew
+    order = (order[:, None] + again).flatten()
+    order = order[: len(order) // run["batch_size"] * run["batch_size"]]
     return order.view(-1, place.world, micro)[:, place.rank].flatten().tolist()
 
 
@@ -265,7 +280,7 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
     """The loop; a checkpoint and a line of log.jsonl each epoch -> (last evaluation, videos that were skipped)"""
     device, rank, world, _ = place
     micro = run["batch_size"] // (world * run["accumulate"])
-    steps_per_epoch = len(train_set) // run["batch_size"]
+    steps_per_epoch = len(train_set) * run["repeat"] // run["batch_size"]
     steps, warmup = run["epochs"] * steps_per_epoch, run["warmup_epochs"] * steps_per_epoch
     optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run["lr"], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run["precision"] == "fp16")
@@ -284,6 +299,7 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
         model.train()
         train_set.epoch = epoch
         batches = iter(place.batches(train_set, epoch_order(run, len(train_set), epoch, place, micro), micro))
+        seen = failed = 0
         totals = torch.zeros(3, device=device)  # clips, summed loss, clips classified rightly
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
@@ -293,8 +309,12 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
             for accumulated in range(run["accumulate"]):
                 video, label, problems = next(batches)
                 skipped += filter(None, problems)
+                seen, failed = seen + micro, failed + sum(map(bool, problems))
                 if label.min() < 0:
                     raise VideoError(f"{TRIES} training videos in a row cannot be read; the first: {skipped[-1]}")
+                if failed > max(FAILURES * seen, 10):
+                    few = f"{failed} of {seen} training videos cannot be read"
+                    raise VideoError(f"{few}, more than {FAILURES:.0%}; the last: {skipped[-1]}")
                 video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
                 reduce = world == 1 or accumulated == run["accumulate"] - 1
                 with autocast(run, device), contextlib.nullcontext() if reduce else parallel.no_sync():
@@ -341,7 +361,10 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             val = f", val {describe(result)}" if "top1" in line else ""
-            bar.write(f"epoch {epoch + 1}: train loss {line['train_loss']:.3f}, top-1 {line['train_top1']:.1f} %{val}")
+            lost = f", {failed} videos skipped by this process" if failed else ""
+            bar.write(
+                f"epoch {epoch + 1}: train loss {line['train_loss']:.3f}, top-1 {line['train_top1']:.1f} %{val}{lost}"
+            )
     bar.close()
     return result, skipped
 
@@ -489,7 +512,9 @@ def prepare(args):
         if device.type == "cpu" and not args.resume:
             run["precision"] = None  # a GPU's is no choice for a CPU
         if args.data:
-            run.update(data_root=None, val_data=None)  # those were of the data of the checkpoint
+            run.update(
+                data_root=None, val_data=None, annotations=None, skip=None
+            )  # those were of the data of the checkpoint
         override(run, args)
     else:
         run = settings(args)
@@ -506,7 +531,8 @@ def prepare(args):
     if not args.predict:
         for turn in (0, 1):  # process 0 first: it may have to write the toy videos
             if turn == min(rank, 1):
-                data = find_clips(run["data"], run["data_root"], run["val_data"])
+                where = {key: run[key] for key in ("val_data", "annotations", "fold", "skip")}
+                data = find_clips(run["data"], run["data_root"], **where)
             if world > 1:
                 dist.barrier()
         if checkpoint and checkpoint["classes"] != data.classes:
@@ -529,7 +555,9 @@ def prepare(args):
     job = dict(run=run, model=model, data=data, place=place)
     if args.eval:
         return evaluate, dict(job, dataset=eval_set)
-    train_set = VideoDataset(data.train, augment=run["augment"], seed=run["seed"], **shape)
+    if data.missing and rank == 0:
+        print(*data.missing, sep="\n", file=sys.stderr)
+    train_set = VideoDataset(data.train, augment=run["augment"], seed=run["seed"], flip=data.flip, **shape)
     if len(train_set) < run["batch_size"]:
         there, batch = len(train_set), run["batch_size"]
         raise ValueError(f"{there} training videos do not fill a batch of {batch}: choose a smaller --batch-size")

@@ -364,7 +364,7 @@ SSV2 = dict(
     span=0,
     views=(1, 3),
     label_smoothing=0.1,
-    augment=dict(crop=(0.08, 1.0), randaugment=dict(num_ops=4, magnitude=7), erasing=0.25),
+    augment=dict(crop=(0.08, 1.0), flip=0.5, randaugment=dict(num_ops=4, magnitude=7), erasing=0.25),
     model=dict(dataset="ssv2", scale=1.0),
 )
 TOY = dict(

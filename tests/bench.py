@@ -2,20 +2,28 @@
 
     python tests/bench.py train                      step time of every method beside the plain ViT's, in the same run
     python tests/bench.py train --method aim --batch-size 4 --precision bf16
+    python tests/bench.py decode CLIP...             8 frames of 224 from each clip: ours, PyAV, decord, torchcodec
 
-A step is forward, backward and AdamW on random clips; the variants take turns, and medians are compared.
+A step is forward, backward and AdamW on random clips; the variants take turns, and medians are compared. Decoding is
+counted in the CPU time of one core; decord and torchcodec take part where they are installed, in their own processes.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import data
 import train
 
 ADAPTED = ("aim", "st_adapter", "zeroi2v", "side4video")
@@ -71,6 +79,69 @@ def time_steps(args):
         print(f"{name:28}{median:10.3f}{median / plain:14.2f}{ratio:10.2f}")
 
 
+def ours(path, numbers):
+    frames = torch.from_numpy(data.open_video(path).read(numbers, short_side=448)).permute(0, 3, 1, 2)
+    return v2.functional.center_crop(v2.functional.resize(frames, [224]), [224, 224])
+
+
+def every_frame(path, numbers):
+    """PyAV in sequence; the chosen frames are converted."""
+    wanted = set(numbers.tolist())
+    with av.open(path) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        decoded = enumerate(container.decode(container.streams.video[0]))
+        frames = np.stack([frame.to_ndarray(format="rgb24") for i, frame in decoded if i in wanted])
+    return v2.functional.center_crop(
+        v2.functional.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [224]), [224, 224]
+    )
+
+
+def with_decord(path, numbers):
+    import decord
+
+    frames = torch.from_numpy(decord.VideoReader(path, num_threads=1).get_batch(numbers).asnumpy()).permute(0, 3, 1, 2)
+    return v2.functional.center_crop(v2.functional.resize(frames, [224]), [224, 224])
+
+
+def with_torchcodec(path, numbers):
+    from torchcodec.decoders import VideoDecoder
+
+    frames = VideoDecoder(path, num_ffmpeg_threads=1).get_frames_at(numbers.tolist()).data
+    return v2.functional.center_crop(v2.functional.resize(frames, [224]), [224, 224])
+
+
+READERS = {"ours": ours, "PyAV, every frame": every_frame, "decord": with_decord, "torchcodec": with_torchcodec}
+
+
+def time_reader(name, clips, turns):
+    """Median CPU seconds a clip, by clip; None if the library is not there."""
+    torch.set_num_threads(1)
+    medians = []
+    for clip, num_frames in clips:
+        seconds = []
+        for turn in range(turns):
+            numbers = data.segments(num_frames, 8, np.random.default_rng(turn))
+            started = time.process_time()
+            try:
+                READERS[name](clip, numbers)
+            except (ImportError, RuntimeError) as error:
+                return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            seconds.append(time.process_time() - started)
+        medians.append(statistics.median(seconds))
+    return medians, ""
+
+
+def time_decoding(args):
+    clips = [(str(clip), len(data.open_video(clip))) for clip in args.clips]
+    print(f"clips a second of one core, 8 frames of 224 from {len(clips)} clips, T-segment sampling")
+    for name in READERS:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            medians, problem = pool.submit(time_reader, name, clips, args.turns).result()
+        print(
+            f"{name:20}", problem or f"{len(clips) / sum(medians):8.1f}   " + " ".join(f"{1 / m:.1f}" for m in medians)
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
@@ -82,7 +153,11 @@ def main():
     steps.add_argument("--batch-size", type=int, default=1)
     steps.add_argument("--precision", choices=train.DTYPES, default="fp32")
     steps.add_argument("--turns", type=int, default=5)
-    time_steps(parser.parse_args())
+    decode = what.add_parser("decode", help="reading frames")
+    decode.add_argument("clips", nargs="+", type=Path)
+    decode.add_argument("--turns", type=int, default=9)
+    args = parser.parse_args()
+    {"train": time_steps, "decode": time_decoding}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Exact decoding, sampling, augmentation, datasets, and what becomes of broken videos."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -62,7 +65,7 @@ def test_a_late_frame_is_reached_by_a_seek(monkeypatch):
     open_file = av.open
 
     class Counting:
-        """The container, counting the frames that it decodes."""
+        """The container, counting the packets that are decoded."""
 
         def __init__(self, *args, **kwargs):
             self.container = open_file(*args, **kwargs)
@@ -73,10 +76,10 @@ def test_a_late_frame_is_reached_by_a_seek(monkeypatch):
         def __exit__(self, *error):
             self.container.close()
 
-        def decode(self, stream):
-            for frame in self.container.decode(stream):
-                decoded.append(frame.pts)
-                yield frame
+        def demux(self, stream):
+            for packet in self.container.demux(stream):
+                decoded.append(packet.pts)
+                yield packet
 
         def __getattr__(self, name):
             return getattr(self.container, name)
@@ -84,10 +87,10 @@ def test_a_late_frame_is_reached_by_a_seek(monkeypatch):
     monkeypatch.setattr(av, "open", Counting)
     last = video.keyframes[-1]
     assert video.read([279]).shape == (1, 256, 340, 3) and 100 < last < 279
-    assert len(decoded) == 280 - last
+    assert len(decoded) <= 281 - last
     decoded.clear()
     video.read([5, 3])
-    assert len(decoded) == 6
+    assert 6 <= len(decoded) <= 12  # B-frames follow the frames they refer to
 
 
 @pytest.mark.parametrize(
@@ -363,3 +366,11 @@ def test_toy_is_written_as_videos_with_each_clip_beside_its_mirror(tmp_path, mon
     first = (tmp_path / "toy/val/grows").iterdir().__next__().stat()
     assert find_clips("toy", tmp_path).val == found.val and first.st_size > 500
     assert (tmp_path / "toy/train/grows/0002.mp4").read_bytes() != (tmp_path / "toy/val/grows/0002.mp4").read_bytes()
+
+
+def test_damaged_copies_give_frames_or_one_clear_error_in_their_own_process():
+    clips = [VIDEOS / name for name in ("h265_video.mp4", "video_0.mov", "unordered.mov", "corrupted.mp4")]
+    command = [sys.executable, Path(__file__).parent / "damage.py", VIDEOS / "mm_test.avi", *clips, "--copies", "108"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(re.search(r"grew by (-?[\d.]+) MB", done.stdout)[1]) < 32
