@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from common import B16, L14, Row, choose_blocks, classifier, compare, freeze, load_strict, tensors_of
+from common import B16, L14, Row, bottleneck_width, choose_blocks, classifier, compare, freeze, load_strict, tensors_of
 
 
 class Adapter(nn.Module):
@@ -32,8 +32,9 @@ class Adapter(nn.Module):
     def __init__(self, width, ratio=0.25, skip=False):
         super().__init__()
         self.skip = skip
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
+        bottleneck = bottleneck_width(width, ratio)
+        self.fc1 = nn.Linear(width, bottleneck)
+        self.fc2 = nn.Linear(bottleneck, width)
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 

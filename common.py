@@ -254,6 +254,9 @@ def timm_shape(name, output_dim=0):
         try:
             trunk = timm.create_model(name, num_classes=output_dim)
             block, patches = trunk.blocks[0], trunk.patch_embed
+            notes = " ".join(
+                trunk.pretrained_cfg.get("notes") or ()
+            )  # OpenAI's weights, under the name of a GELU model
             shape = dict(
                 image_size=patches.img_size[0],
                 patch_size=patches.patch_size[0],
@@ -262,7 +265,7 @@ def timm_shape(name, output_dim=0):
                 heads=block.attn.num_heads,
                 mlp_ratio=block.mlp.fc1.out_features / trunk.embed_dim,
                 output_dim=output_dim,
-                quick_gelu=type(block.mlp.act).__name__ == "QuickGELU",
+                quick_gelu=type(block.mlp.act).__name__ == "QuickGELU" or "natively QuickGELU" in notes,
                 patch_bias=patches.proj.bias is not None,
                 ln_pre=isinstance(getattr(trunk, "norm_pre", None), nn.LayerNorm),
                 post_norm="PostNorm" in type(block).__name__,
@@ -270,7 +273,8 @@ def timm_shape(name, output_dim=0):
                 eps=trunk.norm.eps,
             )
             plain = getattr(trunk, "rope", None) is None and type(block.mlp.act).__name__ in ("GELU", "QuickGELU")
-            plain = plain and from_timm(trunk.state_dict(), shape).keys() == ViT(**shape).state_dict().keys()
+            theirs, ours = from_timm(trunk.state_dict(), shape), ViT(**shape).state_dict()
+            plain = plain and {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
         except (AttributeError, RuntimeError) as error:  # it lacks what a plain ViT has, or its tag is unknown
             raise ValueError(f"{name} is no plain ViT, or no tag of timm ({error})") from error
     if not plain:
@@ -398,6 +402,13 @@ def choose_blocks(blocks, layers):
     if not chosen or not all(0 <= i < layers for i in chosen):
         raise ValueError(f"blocks is {blocks!r}; it must be {', '.join(named)}, or numbers from 0 to {layers - 1}")
     return chosen
+
+
+def bottleneck_width(width, ratio):
+    """The width of an adapter's middle, `ratio` of the ViT's and at least 1."""
+    if not 0 < ratio < float("inf"):
+        raise ValueError(f"ratio is {ratio}; it must be more than 0")
+    return max(int(width * ratio), 1)
 
 
 def classifier(width, num_classes):

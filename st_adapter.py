@@ -115,6 +115,8 @@ class STAdapter(nn.Module):
         kernel = tuple(kernel)
         if len(kernel) != 3 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel):
             raise ValueError(f"kernel is {kernel}; it must be three odd numbers: time, height, width")
+        if bottleneck < 1:
+            raise ValueError(f"bottleneck is {bottleneck}; it must be 1 or more")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; it must be one of: {', '.join(ACTIVATIONS)}")
         places = [name for name, wanted in (("attn", before_attention), ("mlp", before_mlp)) if wanted]

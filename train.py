@@ -130,9 +130,13 @@ def parse(argv):
     device = p.add_argument_group("device")
     device.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
     device.add_argument("--precision", choices=DTYPES, help="of autocast (default: bf16 or fp16 on a GPU, else fp32)")
-    redo = "keep less for the backward pass and compute it again: a quarter of the memory for a third more time"
+    redo = (
+        "keep a quarter to a third for the backward pass and compute the rest again, in a quarter to a third more time"
+    )
     device.add_argument("--recompute", action="store_true", default=None, help=redo)
-    device.add_argument("--accumulate", type=number, metavar="N", help="passes a step: less memory, same batch")
+    device.add_argument(
+        "--accumulate", type=number, metavar="N", help="passes a step: less memory, same batch (batch norm sees a pass)"
+    )
     args = p.parse_args(argv)
 
     fixed = [flag for flag in ("set", "recipe", "weight_decay", "temporal_lr") if getattr(args, flag) not in (None, [])]
@@ -159,7 +163,9 @@ def settings(args):
         name = "k400"  # what a method's paper does not tell is done as on Kinetics, but for the sampling
     if name not in recipes:
         raise ValueError(f"{args.method} has no recipe {name!r}; choose from {', '.join(recipes)}")
-    recipe = recipes.get(f"{name} {args.backbone}", recipes[name])  # some ViTs have their own
+    backbone = f"{name} {args.backbone}".replace("/", "-")
+    own = [key for key in recipes if " " in key and backbone.startswith(key)]  # some ViTs have their own
+    recipe = recipes[own[0] if own else name]
     sampling = source.sampling if source and name != source.recipe else {}
     run = {**DEFAULTS, **recipe, **sampling, "method": args.method, "data": args.data, "recipe": name}
     run["model"] = dict(run["model"])
@@ -398,6 +404,9 @@ def evaluate(model, dataset, data, run, place):
     `result` also has the top-1 over each of `data.groups`: clips of those classes, predicted among all classes.
     """
     model.eval()
+    if dist.is_initialized():  # each process has its own statistics of batch norms; the checkpoint has the first's
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     views = math.prod(run["views"])
     device, rank, world, _ = place
     own = range(rank, len(dataset), world)
@@ -483,6 +492,8 @@ def run_folder(args):
 
 def check_resumable(checkpoint, args):
     """Flags may lengthen a resumed run or change its rate; what its checkpoint fixes they may only repeat."""
+    if "optimizer" not in checkpoint:
+        raise ValueError("a merged checkpoint can be evaluated, but not resumed: it has no optimiser state")
     run, asked = checkpoint["run"], settings(args)
     given = {
         "recipe": args.recipe,

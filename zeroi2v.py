@@ -36,6 +36,7 @@ from common import (
     L14,
     QuickGELU,
     Row,
+    bottleneck_width,
     classifier,
     compare,
     freeze,
@@ -255,12 +256,11 @@ class ZeroI2V(nn.Module):
         if len(offsets) > heads:
             raise ValueError(f"{len(offsets)} head offsets for a ViT of {heads} heads")
         offsets = [*offsets, *[0] * (heads - len(offsets))]
-        size = width // heads
+        bottleneck, size = bottleneck_width(width, ratio), width // heads
         groups = [(dt, size * len(list(same))) for dt, same in itertools.groupby(offsets)]
         channels = [size * i + j for i, dt in enumerate(offsets) if dt for j in range(size)]  # of the temporal heads
 
         def adapter(name):
-            bottleneck = max(int(width * ratio), 1)
             if kind == "lora":
                 mlp_width = clip.blocks[0].mlp.c_fc.out_features
                 inputs, outputs = mlp_width if name == "down" else width, mlp_width if name == "up" else width
@@ -450,8 +450,11 @@ def merge_checkpoint(source, target):
     rest = {k: v for k, v in checkpoint.items() if k in ("classes", "groups", "result")}
     beside = target.with_suffix(".video.pt")
     torch.save({"run": merged, "state": tuned_state(model), **rest}, beside)
-    print(f"{target}: the merged image tower, for open_clip and load_clip")
-    print(f"{beside}: the video model on it, for train.py --eval --checkpoint {beside}")
+    print(f"{target}: the merged image tower, for open_clip's visual.load_state_dict, and")
+    print(
+        f"  load_clip({run['backbone']!r}, {str(target)!r}, quick_gelu={quick_gelu})  # nothing in the file tells the last"
+    )
+    print(f"{beside}: the video model on it, which must stay where it is: train.py --eval --checkpoint {beside}")
 
 
 def main(argv=None):

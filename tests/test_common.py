@@ -287,6 +287,9 @@ def test_imagenets_pixels_and_norms_are_its_own(monkeypatch):
         vit = load_clip(name, None)
     assert (vit.mean, vit.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert vit.ln_post.eps == vit.blocks[0].ln_1.eps == 1e-6
+    with torch.device("meta"):
+        openais = load_clip("vit_base_patch16_clip_224.openai", None)  # timm's name is of a GELU model
+    assert isinstance(openais.blocks[0].mlp.gelu, common.QuickGELU) and openais.mean == common.CLIP_MEAN
     assert isinstance(vit.ln_pre, torch.nn.Identity) and vit.proj is None and vit.conv1.bias is not None
 
     def offline(*args, pretrained=False, create=timm.create_model, **kwargs):
@@ -299,7 +302,9 @@ def test_imagenets_pixels_and_norms_are_its_own(monkeypatch):
         load_clip(name)
 
 
-@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14", "vit_base_patch14_dinov2", "deit3_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["EVA02-B-16", "EVA02-L-14", "vit_base_patch14_dinov2", "deit3_base_patch16_224", "flexivit_small"]
+)
 def test_towers_with_extras_are_refused_by_name(name):
     with pytest.raises(ValueError, match="no plain ViT"):
         load_clip(name, None)

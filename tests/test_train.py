@@ -136,6 +136,9 @@ def test_a_backbone_may_have_its_own_recipe_and_a_kernel_its_own_form():
     assert settings(base)["lr"] == 1e-3 and settings(base)["model"] == {}
     large = settings(base + " --backbone ViT-L-14")
     assert (large["lr"], large["model"], large["batch_size"]) == (1e-4, {"width": 512}, 256)
+    for same in ("ViT-L/14", "ViT-L-14-336", "ViT-L-14-quickgelu"):
+        assert settings(f"{base} --backbone {same}")["model"] == {"width": 512}
+    assert settings(base + " --backbone ViT-B-16")["lr"] == 1e-3
     assert settings(base + " --backbone EVA02-E-14")["model"] == {"width": 576, "side_layers": 32}
     kernel = settings("--method st_adapter --data videos --set kernel=3x3x3")["model"]["kernel"]
     assert kernel == (3, 3, 3)
@@ -229,6 +232,9 @@ def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
         ("--method aim --data FOLDER --recipe toy --set rate=1", "ratio"),
         ("--method aim --data FOLDER --recipe toy --set temporal=off", "must be true or false"),
         ("--method aim --data FOLDER --recipe toy --set drop_path=2", "it is a probability"),
+        ("--method aim --data FOLDER --recipe toy --set ratio=0", "ratio is 0.0"),
+        ("--method zeroi2v --data FOLDER --recipe toy --set ratio=inf", "ratio is inf"),
+        ("--method st_adapter --data FOLDER --recipe toy --set bottleneck=-4", "bottleneck is -4"),
         ("--method aim --data FOLDER --recipe toy --workers -1", "must be 0 or more"),
         ("--method aim --data FOLDER --recipe toy --device gpu", "invalid choice: 'gpu'"),
         ("--method aim --data FOLDER --recipe toy --split test", "--split goes with --eval"),
