@@ -113,33 +113,40 @@ def with_torchcodec(path, numbers):
 READERS = {"ours": ours, "PyAV, every frame": every_frame, "decord": with_decord, "torchcodec": with_torchcodec}
 
 
-def time_reader(name, clips, turns):
-    """Median CPU seconds a clip, by clip; None if the library is not there."""
+def cpu_seconds(name, clip, numbers):
+    """Of one core, for one clip; or why the reader cannot be used."""
     torch.set_num_threads(1)
-    medians = []
-    for clip, num_frames in clips:
-        seconds = []
-        for turn in range(turns):
-            numbers = data.segments(num_frames, 8, np.random.default_rng(turn))
-            started = time.process_time()
-            try:
-                READERS[name](clip, numbers)
-            except (ImportError, RuntimeError) as error:
-                return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            seconds.append(time.process_time() - started)
-        medians.append(statistics.median(seconds))
-    return medians, ""
+    started = time.process_time()
+    try:
+        READERS[name](clip, numbers)
+    except (ImportError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return time.process_time() - started
 
 
 def time_decoding(args):
     clips = [(str(clip), len(data.open_video(clip))) for clip in args.clips]
+    spawn = multiprocessing.get_context("spawn")  # two copies of FFmpeg do not share a process well
+    pools = {name: ProcessPoolExecutor(1, mp_context=spawn) for name in READERS}
+    seconds = {name: {clip: [] for clip, _ in clips} for name in READERS}
+    for turn in range(args.turns + 1):  # the first warms up
+        for clip, num_frames in clips:
+            numbers = data.segments(num_frames, 8, np.random.default_rng(turn))
+            for name, pool in list(pools.items()):
+                answer = pool.submit(cpu_seconds, name, clip, numbers).result()
+                if isinstance(answer, str):
+                    print(f"{name}: {answer}")
+                    pools.pop(name).shutdown()
+                elif turn:
+                    seconds[name][clip].append(answer)
     print(f"clips a second of one core, 8 frames of 224 from {len(clips)} clips, T-segment sampling")
-    for name in READERS:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            medians, problem = pool.submit(time_reader, name, clips, args.turns).result()
-        print(
-            f"{name:20}", problem or f"{len(clips) / sum(medians):8.1f}   " + " ".join(f"{1 / m:.1f}" for m in medians)
-        )
+    for name, pool in pools.items():
+        pool.shutdown()
+        medians = [statistics.median(times) for times in seconds[name].values()]
+        each = " ".join(f"{1 / median:.1f}" for median in medians)
+        paired = [a / b for clip, _ in clips for a, b in zip(seconds[name][clip], seconds["ours"][clip])]
+        total = len(clips) / sum(medians)
+        print(f"{name:20}{total:8.1f}   each {each}   {statistics.median(paired):.2f} times the CPU time of ours")
 
 
 def main():
