@@ -89,7 +89,7 @@ class Video:
     def read(self, numbers, short_side=None):
         """Frames by number, in any order, repeats allowed -> uint8 (T, H, W, 3), RGB, upright.
 
-        short_side: frames with a longer one are scaled down to it, in libswscale, which is cheaper than to convert them.
+        short_side: frames with a longer one are scaled down to it, in libswscale, as they are converted.
         """
         self.short_side = short_side
         wanted = sorted({int(n) for n in numbers})
@@ -232,8 +232,8 @@ def train_transform(size, augment):
     """What training does to a clip, uint8 (T, 3, H, W) -> (T, 3, size, size); one draw serves all frames.
 
     augment: a dict with any of `crop` (area range of the random resized crop), or `short_side` (range of the short side
-    over `size`, before a random crop), `gray`, `erasing` (probabilities), `jitter` (of brightness, contrast, saturation),
-    `randaugment` (keywords of RandAugment). With neither crop, as in testing. `flip` is VideoDataset's affair.
+    over `size`, before a random crop), `gray`, `erasing` (probabilities), `jitter` (of brightness, contrast and
+    saturation), `randaugment` (keywords of RandAugment). With neither crop, as in testing. `flip` is VideoDataset's affair.
     """
     if "crop" in augment:
         steps = [v2.RandomResizedCrop(size, scale=augment["crop"])]
@@ -424,19 +424,25 @@ SPLITS = ("train", "val", "test")
 class Source(NamedTuple):
     """A dataset of the field as it lies on people's disks.
 
-    read(file, source) gives [(video's name, class), ...] of one annotation file; a class is a number or, with `names` or
-    without any, a name. train, val: what that file is called, the first that is there; "{}" stands for the fold.
-    names: what the file of class names is called. recipe: whose training settings to use; sampling: what differs.
+    read(file) gives ((a video's names), class) for each video of an annotation file; a class is a number or a name.
+    train, val: what that file may be called, "{}" stands for the fold. names: the file of class names. recipe: whose training
+    settings to use; sampling: what differs. flip: as in VideoDataset. lists: what mmaction2 calls the dataset.
     """
 
     read: callable
-    train: tuple
-    val: tuple
-    names: tuple = ()
+    train: str
+    val: str
+    names: str = ""
     num_classes: int = 0
     recipe: str = "k400"
     sampling: dict = {}  # noqa: RUF012
     flip: dict | None = {}  # noqa: RUF012
+    lists: str = ""
+
+
+def list_names(source, split):
+    """What a `path label` list may be called."""
+    return f"{source.lists}_{split}_list_videos.txt {split}.csv {split}.txt {split}_list.txt".split()
 
 
 def kinetics(file):
@@ -481,7 +487,7 @@ def hmdb(file, use):
 
 
 def class_names(file):
-    """The class names of a file: JSON {name: number}, or a name a line, with its number before or behind it or without."""
+    """The class names of a file: JSON {name: number}, or a name a line, with its number beside it or without."""
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".json":
         numbers = json.loads(text)
@@ -491,88 +497,33 @@ def class_names(file):
 
 
 UNIFORM = dict(span=0, views=(1, 1))  # one frame from each of T segments, one view
+SIDES = {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}  # from left to right, from right to left
+SSV1, SSV2, DIVING48 = "something-something-v1", "something-something-v2", "Diving48_V2"
 DATASETS = {
     "k400": Source(
-        kinetics,
-        train=(
-            "kinetics400_train_list_videos.txt",
-            "kinetics_400_train.csv",
-            "train.csv",
-            "train.txt",
-            "train_list.txt",
-        ),
-        val=(
-            "kinetics400_val_list_videos.txt",
-            "kinetics_400_val.csv",
-            "val.csv",
-            "validate.csv",
-            "val.txt",
-            "val_list.txt",
-        ),
-        names=("kinetics_400_labels.csv", "kinetics_label_map_k400.txt", "label_map_k400.txt", "classes.txt"),
-        num_classes=400,
+        kinetics, "kinetics_400_train.csv", "kinetics_400_val.csv validate.csv",
+        "kinetics_400_labels.csv kinetics_label_map_k400.txt", 400, lists="kinetics400",
     ),
     "k700": Source(
-        kinetics,
-        train=(
-            "kinetics700_train_list_videos.txt",
-            "kinetics_700_train.csv",
-            "train.csv",
-            "train.txt",
-            "train_list.txt",
-        ),
-        val=(
-            "kinetics700_val_list_videos.txt",
-            "kinetics_700_val.csv",
-            "val.csv",
-            "validate.csv",
-            "val.txt",
-            "val_list.txt",
-        ),
-        names=("kinetics_700_labels.csv", "kinetics_label_map_k700.txt", "label_map_k700.txt", "classes.txt"),
-        num_classes=700,
-        recipe="k700",
+        kinetics, "kinetics_700_train.csv", "kinetics_700_val.csv validate.csv",
+        "kinetics_700_labels.csv kinetics_label_map_k700.txt", 700, "k700", lists="kinetics700",
     ),
     "ssv2": Source(
-        something,
-        train=(
-            "something-something-v2-train.json",
-            "train.json",
-            "sthv2_train_list_videos.txt",
-            "train.csv",
-            "train.txt",
-        ),
-        val=(
-            "something-something-v2-validation.json",
-            "validation.json",
-            "sthv2_val_list_videos.txt",
-            "val.csv",
-            "val.txt",
-        ),
-        names=("something-something-v2-labels.json", "labels.json"),
-        num_classes=174,
-        recipe="ssv2",
-        flip={86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166},  # left and right
+        something, f"{SSV2}-train.json train.json", f"{SSV2}-validation.json validation.json",
+        f"{SSV2}-labels.json labels.json", 174, "ssv2", flip=SIDES, lists="sthv2",
     ),
     "ssv1": Source(
-        something_v1,
-        train=("something-something-v1-train.csv", "train.csv", "train.txt"),
-        val=("something-something-v1-validation.csv", "validation.csv", "val.csv", "val.txt"),
-        num_classes=174,
-        recipe="ssv2",
-        flip=None,
+        something_v1, f"{SSV1}-train.csv", f"{SSV1}-validation.csv validation.csv", "", 174, "ssv2",
+        flip=None, lists="sthv1",
     ),
     "diving48": Source(
-        diving,
-        train=("Diving48_V2_train.json", "diving48_train_list_videos.txt", "train.txt"),
-        val=("Diving48_V2_test.json", "diving48_val_list_videos.txt", "val.txt"),
-        num_classes=48,
-        recipe="diving48",
-        sampling=UNIFORM,
+        diving, f"{DIVING48}_train.json", f"{DIVING48}_test.json", "", 48, "diving48", UNIFORM, lists="diving48"
     ),
-    "ucf101": Source(ucf, ("trainlist0{}.txt",), ("testlist0{}.txt",), ("classInd.txt",), 101, "ucf101", UNIFORM),
-    "hmdb51": Source(hmdb, ("*_test_split{}.txt",), ("*_test_split{}.txt",), (), 51, "hmdb51", UNIFORM),
-}
+    "ucf101": Source(
+        ucf, "trainlist0{}.txt", "testlist0{}.txt", "classInd.txt", 101, "ucf101", UNIFORM, lists="ucf101"
+    ),
+    "hmdb51": Source(hmdb, "*_test_split{}.txt", "*_test_split{}.txt", "", 51, "hmdb51", UNIFORM, lists="hmdb51"),
+}  # fmt: skip
 
 
 def named(source, data, root, annotations, fold):
@@ -595,6 +546,7 @@ def named(source, data, root, annotations, fold):
 
     wanted, lists = {}, {}
     for split, names, use in (("train", source.train, 1), ("val", source.val, 2)):
+        names = names.split() + list_names(source, split)
         files = look(names)
         if not files:
             known = ", ".join(name.format(fold) for name in names)
@@ -602,7 +554,7 @@ def named(source, data, root, annotations, fold):
                 f"--data {data}: no annotations for {split}; looked in {notes} and below for {known}"
             )
         try:
-            if is_list(files[0], source):
+            if files[0].name in list_names(source, split) and is_list(files[0]):
                 lists[split] = files[0]
             elif source.read is hmdb:
                 wanted[split] = [pair for file in files for pair in hmdb(file, use)]
@@ -610,10 +562,10 @@ def named(source, data, root, annotations, fold):
                 wanted[split] = list(source.read(files[0]))
         except (ValueError, KeyError, IndexError, TypeError) as e:
             raise ValueError(f"{files[0]} is not an annotation file of {data} as its site gives it ({e!r})") from e
-    names = look(source.names)
+    names = look(source.names.split())
     classes = class_names(names[0]) if names else None
-    if lists.keys() & wanted.keys() or (lists and wanted):
-        raise ValueError(f"--data {data}: {lists} is a list file, and the other split's file is not")
+    if lists and wanted:
+        raise ValueError(f"--data {data}: {next(iter(lists.values()))} is a list, and the other split's file is not")
     if lists:
         found = list_files(lists["train"], lists["val"], root, min_classes=source.num_classes)
         classes = classes if classes and len(classes) == len(found.classes) else found.classes
@@ -644,13 +596,11 @@ def named(source, data, root, annotations, fold):
     return Data(**splits, test=[], classes=classes, flip=source.flip, missing=tuple(missing))
 
 
-def is_list(file, source):
-    """Whether a file of a named dataset is a `path label` list, whose labels are numbers, and not the site's own."""
-    if source.read in (ucf, hmdb) or file.suffix == ".json":
-        return False
+def is_list(file):
+    """Whether it is a `path label` list, whose labels are numbers, and not an annotation file of the site."""
     with file.open(encoding="utf-8-sig") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
-    return bool(re.search(r"[ ,\t]\d+$", first)) and not first.startswith("label,") and ";" not in first
+    return bool(re.search(r"[ ,\t]\d+$", first)) and ";" not in first
 
 
 def video_files(root):

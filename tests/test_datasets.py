@@ -197,7 +197,7 @@ def test_what_is_not_there_is_said(tmp_path):
     for name, source in DATASETS.items():
         with pytest.raises(FileNotFoundError, match="no annotations for train") as error:
             find_clips(name, tmp_path)
-        assert source.train[0].format(1) in str(error.value) and str(tmp_path) in str(error.value)
+        assert source.train.split()[0].format(1) in str(error.value) and str(tmp_path) in str(error.value)
     kinetics(tmp_path / "k", "flat")
     for video in (tmp_path / "k").glob("*.mp4"):
         video.unlink()
