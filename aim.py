@@ -83,8 +83,9 @@ class AIM(nn.Module):
     """The video model. `clip` is a `common.ViT`; it is frozen in place. The defaults are the paper's K400 settings.
 
     ratio: bottleneck width over D (table 8). blocks: which blocks are adapted (table 7): "all", "bottom" or "top" half,
-    "every second", or their numbers. scale: s of eq. (5). temporal_in: the SSv2 layout. drop_path: stochastic depth of the last block,
-    rising linearly from 0 at the first. temporal_embedding: learn a position for each frame (in the released code).
+    "every second", or their numbers. scale: s of eq. (5). temporal_in: the SSv2 layout. drop_path: stochastic depth of
+    the last block, rising linearly from 0 at the first. temporal_embedding: learn a position for each frame (in the
+    released code).
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class AIM(nn.Module):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it does not fit."""
+    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it misfits."""
     renamed = {}
     for key, tensor in tensors_of(checkpoint).items():
         key = re.sub(r"^.*?cls_head\.fc_cls\.", "head.", key)

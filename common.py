@@ -519,7 +519,7 @@ def activation_bytes(model, video):
 
 
 class Row(NamedTuple):
-    """A line of a paper's table: a model, and what the paper prints of it (millions, GFLOPs a view), None for nothing."""
+    """A line of a paper's table: a model, and what the paper prints of it (millions, GFLOPs a view) or None."""
 
     label: str
     clip: dict  # keywords of ViT
@@ -547,7 +547,7 @@ def compare(method, rows):
 
 
 def measure(method, row):
-    """-> total and tunable parameters (M), GFLOPs a view or None, [MiB kept for a clip, MiB with recomputation] or []"""
+    """-> total and tunable parameters (M), GFLOPs a view or None, [MiB kept for a clip, and recomputed] or []"""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     frames, memory = row.frames or 8, []

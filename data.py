@@ -233,7 +233,7 @@ def train_transform(size, augment):
 
     augment: a dict with any of `crop` (area range of the random resized crop), or `short_side` (range of the short side
     over `size`, before a random crop), `gray`, `erasing` (probabilities), `jitter` (of brightness, contrast and
-    saturation), `randaugment` (keywords of RandAugment). With neither crop, as in testing. `flip` is VideoDataset's affair.
+    saturation), `randaugment` (keywords of RandAugment). With neither crop, as in testing. VideoDataset does `flip`.
     """
     if "crop" in augment:
         steps = [v2.RandomResizedCrop(size, scale=augment["crop"])]
@@ -425,8 +425,8 @@ class Source(NamedTuple):
     """A dataset of the field as it lies on people's disks.
 
     read(file) gives ((a video's names), class) for each video of an annotation file; a class is a number or a name.
-    train, val: what that file may be called, "{}" stands for the fold. names: the file of class names. recipe: whose training
-    settings to use; sampling: what differs. flip: as in VideoDataset. lists: what mmaction2 calls the dataset.
+    train, val: what that file may be called, "{}" stands for the fold. names: the file of class names. recipe: whose
+    training settings to use; sampling: what differs. flip: as in VideoDataset. lists: what mmaction2 calls the dataset.
     """
 
     read: callable

@@ -227,7 +227,7 @@ class Side4Video(nn.Module):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it does not fit."""
+    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it misfits."""
     renamed = {}
     for key, tensor in tensors_of(checkpoint).items():
         key = re.sub(r"^.*?(?=visual\.)", "", key)

@@ -55,7 +55,8 @@ METHODS = {  # name: (class, recipes)
 DEFAULTS = dict(  # of everything that a recipe may leave open
     backbone="ViT-B-16", pretrained="openai", image_size=None, quick_gelu=None, num_frames=8, model={},
     data_root=None, val_data=None, annotations=None, fold=1, skip=None, span=0, views=(1, 1), augment={}, repeat=1,
-    temporal_lr=1.0, clip_grad=0.0, label_smoothing=0.0, accumulate=1, eval_every=1, precision=None, recompute=False, seed=0,
+    temporal_lr=1.0, clip_grad=0.0, label_smoothing=0.0, accumulate=1, eval_every=1,
+    precision=None, recompute=False, seed=0,
 )  # fmt: skip
 FAILURES = 0.05  # the share of unreadable videos above which training stops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -297,7 +297,7 @@ class ZeroI2V(nn.Module):
         return self.head(self.dropout(self.features(video)))
 
     def merge(self):
-        """Folds every adapter into the frozen weights, in place -> self, now with the plain ViT's parameters and FLOPs."""
+        """Folds every adapter into the frozen weights, in place -> self, now as small and fast as the plain ViT."""
         for adapted, block in zip(self.blocks, self.vit.blocks):
             adapted.merge(block)
         return self
@@ -324,7 +324,7 @@ def table_6(heads, num_frames, dataset):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it does not fit."""
+    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it misfits."""
     renamed = {}
     for key, tensor in tensors_of(checkpoint).items():
         key = re.sub(r"^.*?cls_head\.fc_cls\.", "head.", key)
@@ -452,7 +452,7 @@ def merge_checkpoint(source, target):
     torch.save({"run": merged, "state": tuned_state(model), **rest}, beside)
     print(f"{target}: the merged image tower, for open_clip's visual.load_state_dict, and")
     print(
-        f"  load_clip({run['backbone']!r}, {str(target)!r}, quick_gelu={quick_gelu})  # nothing in the file tells the last"
+        f"  load_clip({run['backbone']!r}, {str(target)!r}, quick_gelu={quick_gelu})  # the file cannot tell the last"
     )
     print(f"{beside}: the video model on it, which must stay where it is: train.py --eval --checkpoint {beside}")
 
