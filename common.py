@@ -254,9 +254,8 @@ def timm_shape(name, output_dim=0):
         try:
             trunk = timm.create_model(name, num_classes=output_dim)
             block, patches = trunk.blocks[0], trunk.patch_embed
-            notes = " ".join(
-                trunk.pretrained_cfg.get("notes") or ()
-            )  # OpenAI's weights, under the name of a GELU model
+            # OpenAI's weights stand under the names of GELU models too.
+            notes = " ".join(trunk.pretrained_cfg.get("notes") or ())
             shape = dict(
                 image_size=patches.img_size[0],
                 patch_size=patches.patch_size[0],
