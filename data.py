@@ -537,9 +537,11 @@ def named(source, data, root, annotations, fold):
         if not folder.is_dir():
             raise FileNotFoundError(f"--data {data}: there is no folder {folder}")
 
+    folders = sorted(folders_below(notes, depth=2), key=lambda folder: len(folder.parts))
+
     def look(names):
         for name in names:
-            found = [file for depth in ("", "*/", "*/*/") for file in sorted(notes.glob(depth + name.format(fold)))]
+            found = [file for folder in folders for file in sorted(folder.glob(name.format(fold)))]
             if found:
                 return found if "*" in name else found[:1]
         return []
@@ -614,12 +616,21 @@ def video_files(root):
     return videos
 
 
+def folders_below(root, depth):
+    yield root
+    for entry in os.scandir(root) if depth else ():
+        if entry.is_dir():
+            yield from folders_below(Path(entry.path), depth - 1)
+
+
 def frame_folders(root, pairs):
     """The folders of frames by name; all lie beside the first ones, root/NAME or root/*/NAME."""
-    for (name,), _ in pairs[:1000]:
-        for depth in ("", "*/", "*/*/"):
-            for folder in root.glob(depth + name):
-                return {entry.name: entry.path for entry in os.scandir(folder.parent) if entry.is_dir()}
+    for depth in (0, 1):
+        parents = [p for p in folders_below(root, depth) if len(p.parts) == len(root.parts) + depth]
+        for (name,), _ in pairs[:100]:
+            for parent in parents:
+                if (parent / name).is_dir():
+                    return {entry.name: entry.path for entry in os.scandir(parent) if entry.is_dir()}
     return {}
 
 
