@@ -200,11 +200,9 @@ class Side4Video(nn.Module):
             z = self.downs[i](z)  # eq. (1), B x T x N+1 x d
             if self.representation != "gap":
                 if i == 0:
-                    own = (
-                        z[:, :, :1]
-                        if self.class_embedding is None
-                        else self.class_embedding.to(z.dtype).expand(*z.shape[:2], 1, -1)
-                    )
+                    own = z[:, :, :1]
+                    if self.representation == "own":
+                        own = self.class_embedding.to(z.dtype).expand_as(own)
                     s, positions = torch.cat([own, s], dim=2), F.pad(positions, (0, 0, 1, 0))
                 elif self.representation == "vit":
                     s = torch.cat([0.5 * s[:, :, :1] + 0.5 * z[:, :, :1], s[:, :, 1:]], dim=2)

@@ -131,9 +131,7 @@ def parse(argv):
     device = p.add_argument_group("device")
     device.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
     device.add_argument("--precision", choices=DTYPES, help="of autocast (default: bf16 or fp16 on a GPU, else fp32)")
-    redo = (
-        "keep a quarter to a third for the backward pass and compute the rest again, in a quarter to a third more time"
-    )
+    redo = "keep a fifth to a third for the backward pass and compute the rest again, in a fifth to a third more time"
     device.add_argument("--recompute", action="store_true", default=None, help=redo)
     device.add_argument(
         "--accumulate", type=number, metavar="N", help="passes a step: less memory, same batch (batch norm sees a pass)"
