@@ -317,3 +317,22 @@ def test_the_readmes_training_command_learns(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert result["top1 monotone"] >= 90 and result["videos"] == data.TOY_CLIPS["val"]
+
+
+def evaluate_on_two(rank, folder, meeting):
+    """Each process comes with batch statistics of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    argv = flags(folder, meeting.parent / "run", "--method", "side4video")
+    settings, found, device = train.settings(train.parse(argv)), data.find_clips(str(folder)), torch.device("cpu")
+    model = train.build(settings, 2, device)
+    for buffer in model.buffers():
+        buffer.fill_(1 + rank)
+    clips = data.VideoDataset(found.val, 4, 64)
+    result, _ = train.evaluate(model, clips, found, settings, train.Place(device, rank, 2, 0))
+    assert result["videos"] == 8
+    assert all((buffer == 1).all() for buffer in model.buffers())
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_evaluate_one_model_whatever_their_batch_statistics(folder, tmp_path):
+    torch.multiprocessing.spawn(evaluate_on_two, args=(folder, tmp_path / "meeting"), nprocs=2)
