@@ -37,7 +37,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP, written as a SiLU so that autograd keeps one tensor, not two."""
 
     def forward(self, x):
-        return F.silu(1.702 * x) / 1.702
+        return F.silu(1.702 * x).div_(1.702)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """x (..., n, D) -> (..., n, D)"""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).flatten(0, -3)
+        # One product of two matrices; of a transposed x, as along time, PyTorch would make one for each sequence.
+        qkv = F.linear(x.contiguous(), self.in_proj_weight, self.in_proj_bias).flatten(0, -3)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.norm(self.out_proj(rearrange(y, "b h n d -> b n (h d)").view_as(x)))
@@ -420,8 +421,8 @@ def classifier(width, num_classes):
 
 def normalize(video, vit):
     """uint8 pixels (B, T, 3, H, W) -> floats with the mean and standard deviation that the tower was trained with."""
-    mean = torch.tensor(vit.mean, device=video.device).view(3, 1, 1) * 255
-    std = torch.tensor(vit.std, device=video.device).view(3, 1, 1) * 255
+    pixels = 255 * torch.tensor([vit.mean, vit.std])
+    mean, std = pixels.to(video.device, non_blocking=True).view(2, 3, 1, 1)
     return (video - mean) / std
 
 

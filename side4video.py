@@ -21,6 +21,7 @@ import contextlib
 import re
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -44,10 +45,50 @@ class Down(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm3d of the paper, for channels that stand last: statistics over clips, frames and patches."""
+    """BatchNorm3d of the paper, for channels that stand last: statistics over clips, frames, patches and processes."""
 
     def forward(self, x):
-        return super().forward(x.flatten(0, -2)).view_as(x)
+        flat = x.flatten(0, -2)
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(flat).view_as(x)
+        y, mean, var = SharedNorm.apply(flat, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            n = len(flat) * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return y.view_as(x)
+
+
+class SharedNorm(torch.autograd.Function):
+    """Batch norm of x (n, d) with the mean and variance over all processes, which bring equally many rows.
+
+    PyTorch's SyncBatchNorm is for GPUs alone. Only x is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        n = len(x) * dist.get_world_size()
+        mean = x.sum(0, dtype=torch.float32)
+        dist.all_reduce(mean)
+        centred = x - mean.div_(n)
+        var = centred.square().sum(0)
+        dist.all_reduce(var)
+        scale = (var.div_(n) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.mark_non_differentiable(mean, var)
+        return torch.addcmul(bias, centred, scale * weight).to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, weight, mean, scale = ctx.saved_tensors
+        normed = (x - mean) * scale
+        sums = torch.stack([(dy * normed).sum(0), dy.sum(0, dtype=torch.float32)])  # the gradients of weight and bias,
+        means = sums.clone()  # and, over all processes, how x moves the mean and the variance
+        dist.all_reduce(means)
+        means /= len(x) * dist.get_world_size()
+        dx = (dy - means[1] - normed * means[0]) * (scale * weight)
+        return dx.to(x.dtype), sums[0], sums[1], None
 
 
 class TemporalConv(nn.Module):

@@ -5,19 +5,31 @@
     python train.py --method aim --data my_videos                        my_videos/{train,val}/CLASS/*.mp4
     python train.py --method aim --data train.txt --val-data val.txt     list files, `path label` a line
     torchrun --nproc_per_node 8 train.py --method aim --data ...         the same on eight GPUs
+    python train.py ... --resume                                         goes on with a run that was stopped or killed
+    python train.py ... --init FILE                                      starts from a checkpoint, ours or the authors'
     python train.py --eval --checkpoint runs/aim-toy/checkpoint.pt       its accuracy again, on any data or split
     python train.py --predict CLIP.mp4 --checkpoint runs/aim-toy/checkpoint.pt
 
-Every setting comes from the method's recipe (`RECIPES` in its file); flags override it.
+Every setting comes from the method's recipe for the data and the backbone (`RECIPES` in its file); flags override it.
+The defaults below are those of --method METHOD --data DATA; name yours before --help to see them.
 """
 
 import argparse
+import collections
 import contextlib
+import csv
+import importlib.metadata
 import inspect
 import json
 import math
 import os
+import platform
+import re
+import shlex
+import signal
 import sys
+import textwrap
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -52,14 +64,32 @@ METHODS = {  # name: (class, recipes)
         {name: dict(recipe, lr=recipe["lr"] / 10) for name, recipe in BASELINE.items()},
     ),
 }
+RELEASED = {  # what only the authors' checkpoints of a method have among their keys, and who reads them
+    "aim": (r"\.T_Adapter\.", aim.load_official),
+    "zeroi2v": (r"\.(S_Adapter|T_Adapter_in\w*|MLP_Adapter\w*)\.", zeroi2v.load_official),
+    "st_adapter": (r"\.adapter_pre_(attn|mlp)\.", st_adapter.load_official),
+    "side4video": (r"\.side_\w+\.", side4video.load_official),
+}
 DEFAULTS = dict(  # of everything that a recipe may leave open
-    backbone="ViT-B-16", pretrained="openai", image_size=None, quick_gelu=None, num_frames=8, model={},
+    backbone="ViT-B-16", pretrained="openai", image_size=None, quick_gelu=None, num_frames=8, model={}, init=None,
     data_root=None, val_data=None, annotations=None, fold=1, skip=None, span=0, views=(1, 1), augment={}, repeat=1,
-    temporal_lr=1.0, clip_grad=0.0, label_smoothing=0.0, accumulate=1, eval_every=1,
-    precision=None, recompute=False, seed=0,
+    lr_batch=0, temporal_lr=1.0, clip_grad=0.0, label_smoothing=0.0, accumulate=1, eval_every=1, save_every=10.0,
+    precision=None, recompute=False, compile=False, seed=0,
 )  # fmt: skip
 FAILURES = 0.05  # the share of unreadable videos above which training stops
+LOG_EVERY = 10  # steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RunError(Exception):
+    """Why a run cannot go on."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; what it did is saved."""
+
+
+# ---- The command line
 
 
 def natural(text, least=0):
@@ -72,132 +102,218 @@ number = partial(natural, least=1)
 
 
 def parse(argv):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--method", "--data", "--backbone", "--recipe"):
+        first.add_argument(name)
+    known, _ = first.parse_known_args(argv)
+    known.method = known.method if known.method in METHODS else "aim"
+    known.data = known.data or known.recipe or "k400"
+    try:
+        shown = recipe_of(known)
+    except ValueError:
+        known.recipe = None
+        shown = recipe_of(known)
+    cls, _ = METHODS[known.method]
+    switches = " ".join(f"{key}={plain(value)}" for key, value in (keywords_of(cls) | shown["model"]).items())
+    augment = " ".join(f"{key}={plain(value)}" for key, value in shown["augment"].items()) or "none"
+
+    text = __doc__.replace("METHOD", known.method).replace("DATA", known.data)
     as_is = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=as_is, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=text, formatter_class=as_is, allow_abbrev=False)
+
+    def flag(group, names, text, default=None, **more):
+        """A flag, whose default stands in its help only, so that what was given can be told."""
+        key = names.split()[0].removeprefix("--").replace("-", "_")
+        default = shown[key] if default is None and shown.get(key) not in (None, False) else default
+        text += f" (default: {plain(default)})" if default not in (None, "") else ""
+        group.add_argument(*names.split(), help=text.replace("%", "%%"), **more)
+
     job = p.add_argument_group("what to do")
-    job.add_argument("--method", choices=METHODS, help="train this method")
-    job.add_argument("--eval", action="store_true", help="evaluate --checkpoint instead")
-    job.add_argument("--predict", nargs="+", metavar="VIDEO", help="name the five likeliest classes by --checkpoint")
-    job.add_argument("--checkpoint", type=Path, help="the checkpoint.pt to evaluate or to predict with")
-    job.add_argument("--resume", action="store_true", help="go on with the last run of this name, or the one in --out")
-    job.add_argument("--out", type=Path, help="the run's folder (default: runs/METHOD-DATA, numbered if taken)")
-    job.add_argument("--seed", type=natural, help="of the new weights, the order and the augmentation (default: 0)")
+    flag(job, "--method", "train this method", choices=METHODS)
+    flag(job, "--eval", "evaluate --checkpoint, or --init, instead", action="store_true")
+    flag(job, "--predict", "name the five likeliest classes by --checkpoint", nargs="+", metavar="VIDEO")
+    flag(job, "--checkpoint", "the checkpoint.pt to evaluate or to predict with", type=Path)
+    text = "start from its weights: a checkpoint.pt, or a file released by the method's authors, known by its keys"
+    flag(job, "--init", text, metavar="FILE")
+    text = "go on with the last run of this name, or the one in --out, from its last checkpoint, or else begin"
+    flag(job, "--resume", text, action="store_true")
+    text = "the run's folder, or where --eval writes its tables"
+    flag(job, "--out", text, "runs/METHOD-DATA, numbered if taken; beside the checkpoint", type=Path)
+    flag(job, "--seed", "of the new weights, the order and the augmentation", type=natural)
 
     data = p.add_argument_group("data")
     names = ", ".join(["toy", *DATASETS])
-    data.add_argument("--data", help=f"{names}, a folder with train/CLASS and val/CLASS, or a list file")
-    data.add_argument("--val-data", help="the list file to evaluate on, if --data is one")
-    root = (
-        "where a named dataset's videos are, what list files' paths start at, where toy is written (default: datasets)"
-    )
-    data.add_argument("--data-root", help=root)
-    data.add_argument("--annotations", help="where a named dataset's annotation files are (default: --data-root)")
-    data.add_argument("--fold", type=number, choices=(1, 2, 3), help="of UCF101's and HMDB51's three (default: 1)")
-    data.add_argument("--skip", help="a file of videos to leave out, as `python data.py check` writes")
-    data.add_argument("--split", choices=("val", "test"), default="val", help="what --eval evaluates on (default: val)")
-    data.add_argument("--workers", type=natural, help="loader processes (default: a core each, at most 8; toy: none)")
+    flag(data, "--data", f"{names}, a folder with train/CLASS and val/CLASS, or a list file", "")
+    flag(data, "--val-data", "the list file to evaluate on, if --data is one")
+    text = "where a named dataset's videos are, what list files' paths start at, where toy is written"
+    flag(data, "--data-root", text, "the list's folder; datasets")
+    flag(data, "--annotations", "where a named dataset's annotation files are", "--data-root")
+    flag(data, "--fold", "of UCF101's and HMDB51's three", type=number, choices=(1, 2, 3))
+    flag(data, "--skip", "a file of videos to leave out, as `python data.py check` writes")
+    flag(data, "--split", "what --eval evaluates on", "val", choices=("val", "test"))
+    flag(data, "--workers", "loader processes", "a core each, at most 8; toy: none", type=natural)
 
-    model = p.add_argument_group("model (default: the recipe's)")
-    model.add_argument("--backbone", help="a plain-ViT CLIP of open_clip: ViT-B-16, ViT-L-14, ...")
-    model.add_argument("--pretrained", help="open_clip's tag of its weights, a local file, or none: random weights")
-    model.add_argument("--num-frames", "--frames", type=number, metavar="T", help="frames a clip")
-    model.add_argument("--image-size", type=number, help="pixels a side (default: what the backbone was trained at)")
-    keywords = "keywords of the method's class: ratio=0.125 blocks=top"
-    model.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=keywords)
+    model = p.add_argument_group("model")
+    flag(model, "--backbone", "a plain-ViT CLIP of open_clip, or a plain ViT of timm: ViT-B-16, ViT-L-14, ...")
+    flag(model, "--pretrained", "open_clip's tag of its weights, a local file, or none: random weights")
+    flag(model, "--num-frames --frames", "frames a clip", type=number, metavar="T")
+    flag(model, "--image-size", "pixels a side", "what the backbone was trained at", type=number)
+    flag(model, "--set", "keywords of the method's class", switches, nargs="+", metavar="KEY=VALUE")
 
-    recipe = p.add_argument_group("recipe (default: the method's for this data)")
-    recipe.add_argument("--recipe", help="whose settings to start from: k400, ssv2, ... (default for own data: k400)")
-    for name, kind, text in (
-        ("epochs", number, None),
-        ("warmup-epochs", float, "linear warm-up from 0, then a cosine to 0, both by step"),
-        ("batch-size", number, "clips a step, over all processes and accumulated passes"),
-        ("lr", float, "peak learning rate of AdamW"),
-        ("temporal-lr", float, "the temporal embedding's learning rate, as a multiple of --lr"),
-        ("weight-decay", float, "none on biases, norms and embeddings"),
-        ("clip-grad", float, "largest gradient norm; 0: no clipping"),
-        ("label-smoothing", float, None),
-        (
-            "span",
-            natural,
-            "video frames that a clip spans, T at even steps; 0: one from each of T segments of the video",
-        ),
-    ):
-        recipe.add_argument(f"--{name}", type=kind, help=text)
-    recipe.add_argument(
-        "--views", nargs=2, type=number, metavar=("TEMPORAL", "SPATIAL"), help="evaluation views a video"
-    )
-    recipe.add_argument("--eval-every", type=number, metavar="N", help="evaluate every N epochs and after the last")
+    recipe = p.add_argument_group("recipe")
+    text = f"whose settings to start from: {', '.join(key for key in METHODS[known.method][1] if ' ' not in key)}"
+    flag(recipe, "--recipe", text, shown["recipe"])
+    flag(recipe, "--epochs", "passes over the training videos", type=number)
+    flag(recipe, "--warmup-epochs", "a line from 0 to the peak, then a cosine to 0, both by step", type=float)
+    flag(recipe, "--batch-size", "clips a step, over all processes and accumulated passes", type=number)
+    flag(recipe, "--lr", "peak learning rate of AdamW", type=float)
+    text = "clips for which --lr is meant: it is scaled in proportion to the batch; 0: it is as it is"
+    flag(recipe, "--lr-batch", text, type=natural)
+    flag(recipe, "--temporal-lr", "the temporal embedding's learning rate, as a multiple of --lr", type=float)
+    flag(recipe, "--weight-decay", "none on biases, norms and embeddings", type=float)
+    flag(recipe, "--clip-grad", "largest gradient norm; 0: no clipping", type=float)
+    flag(recipe, "--label-smoothing", "share of the target spread over all classes", type=float)
+    text = "crop=LEASTxMOST, or short_side, gray, erasing, jitter, randaugment=OPSxMAGNITUDE, flip; KEY=none drops one"
+    flag(recipe, "--augment", text, augment, nargs="+", metavar="KEY=VALUE")
+    flag(recipe, "--repeat", "clips drawn from a video an epoch (repeated sampling)", type=number)
+    text = "video frames that a clip spans, T at even steps; 0: one from each of T segments of the video"
+    flag(recipe, "--span", text, type=natural)
+    flag(recipe, "--views", "evaluation views a video", nargs=2, type=number, metavar=("TEMPORAL", "SPATIAL"))
+    flag(recipe, "--eval-every", "evaluate every N epochs and after the last", type=number, metavar="N")
+    flag(recipe, "--save-every", "save after so long, beside each epoch's end", type=float, metavar="MINUTES")
 
     device = p.add_argument_group("device")
-    device.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
-    device.add_argument("--precision", choices=DTYPES, help="of autocast (default: bf16 or fp16 on a GPU, else fp32)")
-    redo = "keep a fifth to a third for the backward pass and compute the rest again, in a fifth to a third more time"
-    device.add_argument("--recompute", action="store_true", default=None, help=redo)
-    device.add_argument(
-        "--accumulate", type=number, metavar="N", help="passes a step: less memory, same batch (batch norm sees a pass)"
-    )
-    args = p.parse_args(argv)
+    flag(device, "--device", "where to compute", "cuda if there is one", choices=("cuda", "cpu"))
+    flag(device, "--precision", "of autocast", "bf16 or fp16 on a GPU, else fp32", choices=DTYPES)
+    text = "keep a fifth to a third for the backward pass and compute the rest again, in a fifth to a third more time"
+    flag(device, "--recompute", text, action="store_true", default=None)
+    text = "compile the training step: minutes at the start, faster steps after"
+    flag(device, "--compile", text, action="store_true", default=None)
+    text = "passes a step: less memory, same batch (batch norm sees a pass)"
+    flag(device, "--accumulate", text, type=number, metavar="N")
+    return checked(p, p.parse_args(argv))
 
-    fixed = [flag for flag in ("set", "recipe", "weight_decay", "temporal_lr") if getattr(args, flag) not in (None, [])]
-    if fixed and args.checkpoint:
+
+def checked(p, args):
+    """Flags that do not go together are an error."""
+    fixed = [flag for flag in ("set", "recipe", "weight_decay", "temporal_lr", "augment") if getattr(args, flag)]
+    using = args.eval or args.predict
+    if using and not args.checkpoint and not (args.eval and args.init):
+        p.error("--eval and --predict need --checkpoint FILE (--eval also takes --init FILE with --method and --data)")
+    if using and args.resume:
+        p.error("--eval and --predict take no --resume")
+    if args.checkpoint and not using:
+        p.error("--checkpoint goes with --eval or --predict; to go on with a run use --resume, to start from it --init")
+    if args.checkpoint and args.init:
+        p.error("--checkpoint and --init both name a checkpoint: use one")
+    if args.checkpoint and fixed:
         p.error(f"--{fixed[0].replace('_', '-')} is fixed by the checkpoint")
-    if args.eval or args.predict:
-        if args.checkpoint is None or args.resume:
-            p.error("--eval and --predict need --checkpoint FILE, and take no --resume")
-    elif args.split != "val":
+    if args.split != "val" and not args.eval:
         p.error("--split goes with --eval: training is watched on val")
-    elif args.checkpoint:
-        p.error("--checkpoint goes with --eval or --predict; to go on with a run use --resume")
-    elif args.method is None or args.data is None:
+    if not args.checkpoint and not (args.data and (args.method or args.init)):
         p.error("say what to train: --method NAME --data DATA (or --eval / --predict with --checkpoint FILE)")
     return args
 
 
-def settings(args):
-    """A run's whole description as plain values, for its checkpoint: the method's recipe, overridden by flags."""
-    cls, recipes = METHODS[args.method]
+def plain(value):
+    """A setting as it would stand on the command line."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return "x".join(map(plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---- What a run is
+
+
+def recipe_of(args):
+    """The method's settings for this data and backbone, as its paper or its authors' code has them."""
+    _, recipes = METHODS[args.method]
     source = DATASETS.get(args.data)
-    name = args.recipe or (source.recipe if source else args.data)
-    if name not in recipes and args.recipe is None:
-        name = "k400"  # what a method's paper does not tell is done as on Kinetics, but for the sampling
-    if name not in recipes:
-        raise ValueError(f"{args.method} has no recipe {name!r}; choose from {', '.join(recipes)}")
+    names = [args.recipe] if args.recipe else [args.data, source.recipe if source else args.data, "k400"]
+    name = next((name for name in names if name in recipes), None)  # what no paper tells is done as on Kinetics
+    if name is None:
+        known = ", ".join(key for key in recipes if " " not in key)
+        raise ValueError(f"{args.method} has no recipe {args.recipe!r}; choose from {known}")
     backbone = f"{name} {args.backbone}".replace("/", "-")
     own = [key for key in recipes if " " in key and backbone.startswith(key)]  # some ViTs have their own
     recipe = recipes[own[0] if own else name]
-    sampling = source.sampling if source and name != source.recipe else {}
+    sampling = source.sampling if source and name not in (args.data, source.recipe) else {}
     run = {**DEFAULTS, **recipe, **sampling, "method": args.method, "data": args.data, "recipe": name}
-    run["model"] = dict(run["model"])
+    run["model"], run["augment"] = dict(run["model"]), dict(run["augment"])
+    return run
+
+
+def settings(args):
+    """A run's whole description as plain values, for its checkpoint: the method's recipe, overridden by flags."""
+    run = recipe_of(args)
     if args.backbone and args.backbone != run["backbone"]:
         run["pretrained"] = DEFAULTS["pretrained"]
     override(run, args)
-    allowed = {k: type(p.default) for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
-    allowed = {k: kind for k, kind in allowed.items() if k not in ("num_frames", "tune")}
-    readers = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda text: tuple(map(int, text.split("x")))}
-    for item in args.set:
-        key, equals, value = item.partition("=")
-        if not equals or key not in allowed:
-            raise ValueError(
-                f"--set {item}: KEY=VALUE, where {args.method} knows the keys {', '.join(sorted(allowed))}"
-            )
-        try:
-            value = readers.get(allowed[key], allowed[key])(value)
-        except (KeyError, ValueError):
-            kinds = {bool: "true or false", tuple: "numbers like 3x1x1"}
-            kind = kinds.get(allowed[key], f"of type {allowed[key].__name__}")
-            raise ValueError(f"--set {item}: the value must be {kind}") from None
-        run["model"][key] = value
     return run
 
 
 def override(run, args):
     """Flags that were given replace the values of `run`."""
-    run.update({key: value for key, value in vars(args).items() if key in run and key != "model" and value is not None})
+    apart = ("model", "augment", "method", "recipe")
+    run.update(
+        {key: value for key, value in vars(args).items() if key in run and key not in apart and value is not None}
+    )
+    run["model"] |= read_set(run["method"], args.set or [])
+    for key, value in read_augment(args.augment or []).items():
+        run["augment"].pop(key, None)
+        run["augment"] |= {} if value is None else {key: value}
+    if args.lr is not None and args.lr_batch is None:
+        run["lr_batch"] = 0  # the rate that was asked for is the rate
     if run["pretrained"] == "none":
         run["pretrained"] = None
     if run["precision"] is None:
         on_gpu = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp16"
         run["precision"] = on_gpu if device_of(args).type == "cuda" else "fp32"
+
+
+def keywords_of(cls):
+    """The switches of a method's class, with their defaults."""
+    known = {key: p.default for key, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+    return {key: value for key, value in known.items() if key not in ("num_frames", "tune")}
+
+
+def read_set(method, items):
+    """["ratio=0.125", "blocks=top"] -> {"ratio": 0.125, "blocks": "top"}"""
+    allowed, values = {key: type(value) for key, value in keywords_of(METHODS[method][0]).items()}, {}
+    readers = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda text: tuple(map(int, text.split("x")))}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or key not in allowed:
+            raise ValueError(f"--set {item}: KEY=VALUE, where {method} knows the keys {', '.join(sorted(allowed))}")
+        try:
+            values[key] = readers.get(allowed[key], allowed[key])(value)
+        except (KeyError, ValueError):
+            kinds = {bool: "true or false", tuple: "numbers like 3x1x1"}
+            kind = kinds.get(allowed[key], f"of type {allowed[key].__name__}")
+            raise ValueError(f"--set {item}: the value must be {kind}") from None
+    return values
+
+
+def read_augment(items):
+    """["crop=0.5x1", "randaugment=4x7", "gray=none"] -> keywords of data.train_transform, None for what is dropped"""
+    pair, rate, values = 2, 1, {}
+    sizes = dict(crop=pair, short_side=pair, randaugment=pair, flip=rate, gray=rate, erasing=rate, jitter=rate)
+    for item in items:
+        key, _, text = item.partition("=")
+        try:
+            numbers = None if text == "none" else [float(part) for part in text.split("x")]
+            if key not in sizes or not (numbers is None or len(numbers) == sizes[key]):
+                raise ValueError
+        except ValueError:
+            how = ", ".join(f"{name}={'AxB' if size == pair else 'A'}" for name, size in sizes.items())
+            raise ValueError(f"--augment {item}: write {how}, with numbers, or none to drop one") from None
+        if key == "randaugment" and numbers:
+            values[key] = dict(num_ops=int(numbers[0]), magnitude=numbers[1])
+        else:
+            values[key] = numbers and (tuple(numbers) if len(numbers) == pair else numbers[0])
+    return values
 
 
 def device_of(args):
@@ -209,14 +325,14 @@ def device_of(args):
 
 
 def build(run, num_classes, device):
-    """The model that `run` describes; frozen weights in half precision where a GPU computes in it."""
+    """The model that `run` describes; frozen weights in half precision where it computes in that."""
     torch.manual_seed(run["seed"])
     clip = common.load_clip(run["backbone"], run["pretrained"], run["image_size"], run["quick_gelu"])
     cls, _ = METHODS[run["method"]]
     model = cls(clip, num_classes, num_frames=run["num_frames"], **run["model"]).to(device)
     if run["recompute"]:
         common.recompute(model)
-    if device.type == "cuda" and run["precision"] != "fp32":
+    if run["precision"] != "fp32":
         common.cast_frozen(model, DTYPES[run["precision"]])
     return model
 
@@ -226,31 +342,67 @@ def autocast(run, device):
 
 
 class Place(NamedTuple):
-    """Where this process computes, and which of how many it is."""
+    """Where this process computes, which of how many it is, and how they talk beside the gradients: over the CPU."""
 
     device: torch.device
     rank: int
     world: int
     workers: int
+    group: dist.ProcessGroup | None = None
 
     def batches(self, dataset, indices, batch_size):
-        pin = self.device.type == "cuda"
-        return DataLoader(Subset(dataset, indices), batch_size, num_workers=self.workers, pin_memory=pin)
+        return DataLoader(
+            Subset(dataset, indices),
+            batch_size,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+
+    def agree(self, code):
+        """The largest code of all processes."""
+        if self.world > 1:
+            code = torch.tensor(code)
+            dist.all_reduce(code, dist.ReduceOp.MAX, group=self.group)
+        return int(code)
+
+    def gather(self, value):
+        """The values of all processes."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
-def sum_over_processes(tensor):
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+def ignore_signals(worker):
+    """Ctrl-C and many a scheduler signal every process; a loader must live until the step has its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def gather(texts):
-    """The texts of all processes, each once."""
-    parts = [texts]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, texts)
-    return list(dict.fromkeys(text for part in parts for text in part))
+@contextlib.contextmanager
+def noted_signals(place):
+    """The list of SIGINT and SIGTERM that came, for the loop to look at; a second Ctrl-C stops at once."""
+    noted = []
+
+    def note(signum, frame):
+        if noted and signum == signal.SIGINT and place.world == 1:  # torchrun itself repeats it
+            raise KeyboardInterrupt
+        noted.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+# ---- Training
 
 
 def parameter_groups(model, run):
@@ -271,6 +423,10 @@ def warmup_cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+def peak_rate(run):
+    return run["lr"] * (run["batch_size"] / run["lr_batch"] if run["lr_batch"] else 1)
+
+
 def epoch_order(run, num_clips, epoch, place, micro):
     """This process's clips in this epoch, in order; a global batch holds the same clips for any number of processes."""
     generator = torch.Generator().manual_seed(1_000_003 * run["seed"] + epoch)
@@ -281,97 +437,283 @@ def epoch_order(run, num_clips, epoch, place, micro):
     return order.view(-1, place.world, micro)[:, place.rank].flatten().tolist()
 
 
+class Seen:
+    """What this process's steps saw since the processes last met; losses come from the device when they are ready."""
+
+    def __init__(self, dataset, run):
+        self.dataset, self.scaled = dataset, run["precision"] == "fp16"
+        self.trouble, self.parts, self.coming = "", [], collections.deque()
+        self.reset()
+
+    def reset(self):
+        self.skipped, self.clips, self.loss, self.right = [], 0, 0.0, 0
+        self.waited, self.norm, self.overflows, self.began = 0.0, 0.0, 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def videos(self, passes):
+        for _, label, problems in passes:
+            self.skipped += filter(None, problems)
+            if label.min() < 0:
+                self.trouble = f"{TRIES} training videos in a row cannot be read; the first: {self.skipped[-1]}"
+
+    def forward(self, loss, logits, label):
+        """Of one pass: loss (B,)"""
+        self.parts.append(torch.stack([loss.detach(), (logits.argmax(1) == label).float()]))
+
+    def step(self, step, norm, items):
+        """Of one step: the gradient's norm, and the items that were in it. Nothing waits for the device."""
+        here = torch.cat(self.parts, dim=1).to("cpu", non_blocking=True), norm.to("cpu", non_blocking=True)
+        event = torch.cuda.Event() if norm.is_cuda else None
+        if event:
+            event.record()
+        self.parts = []
+        self.coming.append((event, step, items, *here))
+        self.look()
+
+    def look(self, wait=False):
+        """Reads what has come; or waits for all of it."""
+        while self.coming:
+            event, step, items, (loss, right), norm = self.coming[0]
+            if event and not (wait or event.query()):
+                return
+            if event:
+                event.synchronize()
+            self.coming.popleft()
+            self.clips, self.loss, self.right = (
+                self.clips + len(loss),
+                self.loss + loss.sum().item(),
+                self.right + right.sum().item(),
+            )
+            self.norm, finite = norm.item(), math.isfinite(norm)
+            bad = [
+                self.dataset.clips[i % len(self.dataset)].path for i, fine in zip(items, loss.isfinite()) if not fine
+            ]
+            if (
+                bad and not self.trouble
+            ):  # named is what the epoch asked for: a broken video's stand-in has no other name
+                few = ", ".join(bad[:8]) + f" and {len(bad) - 8} more" * (len(bad) > 8)
+                self.trouble = f"the loss is not finite at step {step} for {few}; try a smaller --lr, or bf16 for fp16"
+            elif not finite and self.scaled:
+                self.overflows += 1  # the scaler has left this step out, and halves its scale
+            elif not finite and not self.trouble:
+                self.trouble = f"the gradient is not finite at step {step}; try a smaller --lr, or --clip-grad 1"
+
+    def take(self):
+        """All of it, once the device is done -> plain values"""
+        self.look(wait=True)
+        keys = ("trouble", "skipped", "clips", "loss", "right", "waited", "norm", "overflows")
+        taken = {key: getattr(self, key) for key in keys} | {"seconds": time.perf_counter() - self.began}
+        self.reset()
+        return taken
+
+
+class Log:
+    """log.jsonl, and what is seen of a run: a bar on a terminal, elsewhere a line now and then. Process 0 writes."""
+
+    def __init__(self, out, run, steps_per_epoch, at, rank):
+        self.run, self.steps, self.done = (
+            run,
+            run["epochs"] * steps_per_epoch,
+            at["epoch"] * steps_per_epoch + at["step"],
+        )
+        self.first, self.began, self.shown = self.done, time.monotonic(), -math.inf
+        self.file, hidden = None, None  # None: no bar where there is no terminal
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+            self.file = (out / "log.jsonl").open("ab")
+            if self.file.tell() > at["log"]:
+                self.file.truncate(at["log"])  # what a killed run logged after its last checkpoint is done again
+        self.bar = tqdm(
+            total=self.steps, initial=self.done, disable=hidden if rank == 0 else True, unit="step", dynamic_ncols=True
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+    def size(self):
+        return self.file.seek(0, os.SEEK_END)
+
+    def write(self, line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+
+    def tick(self):
+        self.done += 1
+        self.bar.update()
+
+    def window(self, at, parts, rate, device):
+        """The steps since the processes last met, `parts` from each of them."""
+        clips, loss, right, waited = (sum(part[key] for part in parts) for key in ("clips", "loss", "right", "waited"))
+        if not (self.file and clips):
+            return
+        seconds = parts[0]["seconds"]
+        line = dict(step=self.done, epoch=at["epoch"] + 1, loss=loss / clips, top1=100 * right / clips, lr=rate)
+        line |= dict(
+            grad_norm=parts[0]["norm"], clips_per_second=clips / seconds, data_wait=waited / len(parts) / seconds
+        )
+        line |= dict(memory_mb=memory_mb(device), overflows=at["overflows"], skipped=len(at["skipped"]))
+        self.write(line)
+        where = f"epoch {line['epoch']}/{self.run['epochs']}, loss {line['loss']:.3f}, top-1 {line['top1']:.1f} %"
+        pace = f"{line['clips_per_second']:.3g} clips/s, {line['data_wait']:.0%} data wait, {line['memory_mb'] / 1024:.1f} GB"
+        self.bar.set_postfix_str(f"{where}, {pace}")
+        now = time.monotonic()
+        if self.bar.disable and now - self.shown > 30:
+            left = (self.steps - self.done) * (now - self.began) / max(self.done - self.first, 1)
+            print(f"step {self.done}/{self.steps}, {where}, {pace}, {tqdm.format_interval(left)} left", flush=True)
+            self.shown = now
+
+    def epoch(self, line):
+        if self.file:
+            self.write(line)
+            val = f", val {describe(line)}" if "top1" in line else ""
+            took = tqdm.format_interval(line["seconds"])
+            train = f"train loss {line['train_loss']:.3f}, top-1 {line['train_top1']:.1f} %"
+            self.bar.write(f"epoch {line['epoch']}: {train}{val}, {took}")
+
+
+def memory_mb(device):
+    """The most that was in use: of the GPU's memory by tensors, or of the computer's by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def train(run, model, train_set, val_set, data, out, place, resumed=None):
-    """The loop; a checkpoint and a line of log.jsonl each epoch -> (last evaluation, videos that were skipped)"""
-    device, rank, world, _ = place
+    """The loop -> (last evaluation, videos that were skipped). Writes run.json, log.jsonl and checkpoint.pt to `out`."""
+    device, rank, world = place.device, place.rank, place.world
     micro = run["batch_size"] // (world * run["accumulate"])
     steps_per_epoch = len(train_set) * run["repeat"] // run["batch_size"]
     steps, warmup = run["epochs"] * steps_per_epoch, run["warmup_epochs"] * steps_per_epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run["lr"], fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, run), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run["precision"] == "fp16")
-    first_epoch, result, skipped = 0, {}, []
+    at = dict(START, skipped=[], result={})
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
-        first_epoch, result, skipped = resumed["epoch"], resumed["result"], resumed["skipped"]
-    parallel = model
-    if world > 1:
-        parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        at = resumed["progress"]
+    tuned = [p for group in optimizer.param_groups for p in group["params"]]
+    parallel = forward = model
+    if world > 1:  # reduces the gradients of what is tuned; batch norms share their statistics themselves
+        gpu = [device.index] if device.type == "cuda" else None
+        parallel = forward = DistributedDataParallel(model, gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if run["compile"]:
+        forward = torch.compile(forward)
+    log, seen = Log(out, run, steps_per_epoch, at, rank), Seen(train_set, run)
 
-    bar = tqdm(total=steps, initial=first_epoch * steps_per_epoch, disable=rank > 0, unit="step", dynamic_ncols=True)
-    for epoch in range(first_epoch, run["epochs"]):
-        started = time.time()
-        model.train()
-        train_set.epoch = epoch
-        batches = iter(place.batches(train_set, epoch_order(run, len(train_set), epoch, place, micro), micro))
-        seen = failed = 0
-        totals = torch.zeros(3, device=device)  # clips, summed loss, clips classified rightly
-        for i in range(steps_per_epoch):
-            step = epoch * steps_per_epoch + i
-            torch.manual_seed((1_000_003 * run["seed"] + step) * 1009 + rank)  # a resumed run drops out the same
-            for group in optimizer.param_groups:
-                group["lr"] = run["lr"] * group["rate"] * warmup_cosine(step, steps, warmup)
-            for accumulated in range(run["accumulate"]):
-                video, label, problems = next(batches)
-                skipped += filter(None, problems)
-                seen, failed = seen + micro, failed + sum(map(bool, problems))
-                if label.min() < 0:
-                    raise VideoError(f"{TRIES} training videos in a row cannot be read; the first: {skipped[-1]}")
-                if failed > max(FAILURES * seen, 10):
-                    few = f"{failed} of {seen} training videos cannot be read"
-                    raise VideoError(f"{few}, more than {FAILURES:.0%}; the last: {skipped[-1]}")
-                video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
-                reduce = world == 1 or accumulated == run["accumulate"] - 1
-                with autocast(run, device), contextlib.nullcontext() if reduce else parallel.no_sync():
-                    logits = parallel(common.normalize(video, model.vit))
-                    loss = F.cross_entropy(logits.float(), label, label_smoothing=run["label_smoothing"])
-                    scaler.scale(loss / run["accumulate"]).backward()
-                right = (logits.argmax(1) == label).sum()
-                totals += torch.stack([torch.full_like(loss, micro), loss.detach() * micro, right])
-            scaler.unscale_(optimizer)
-            if run["clip_grad"]:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), run["clip_grad"])
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            bar.update()
-            if i % 10 == 9 or i == steps_per_epoch - 1:  # nowhere else does the loop wait for the device
-                clips, loss_sum, right = totals.tolist()
-                if not math.isfinite(loss_sum):
-                    raise FloatingPointError(f"the loss is not finite at step {step}; try a smaller --lr")
-                where = f"epoch {epoch + 1}/{run['epochs']}"
-                bar.set_postfix_str(f"{where}, loss {loss_sum / clips:.3f}, top-1 {100 * right / clips:.1f} %")
-
-        clips, loss_sum, right = sum_over_processes(totals).tolist()
-        line = {"epoch": epoch + 1, "train_loss": loss_sum / clips, "train_top1": 100 * right / clips}
-        if (epoch + 1) % run["eval_every"] == 0 or epoch + 1 == run["epochs"]:
-            result, problems = evaluate(model, val_set, data, run, place)
-            skipped += problems
-            line |= result
-        skipped = gather(skipped)
-        line |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - started, 1)}
+    def keep():
         if rank == 0:
+            at["log"] = log.size()
             # A random backbone is in no file but this one.
             state = model.state_dict() if run["pretrained"] is None else common.tuned_state(model)
-            progress = {
-                "epoch": epoch + 1,
-                "skipped": skipped,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-            names = {"classes": data.classes, "groups": data.groups}
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "run.json").write_text(json.dumps(run, indent=1))
-            save({"run": run, "state": state, "result": result, **names, **progress}, out / "checkpoint.pt")
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            val = f", val {describe(result)}" if "top1" in line else ""
-            lost = f", {failed} videos skipped by this process" if failed else ""
-            bar.write(
-                f"epoch {epoch + 1}: train loss {line['train_loss']:.3f}, top-1 {line['train_top1']:.1f} %{val}{lost}"
-            )
-    bar.close()
-    return result, skipped
+            names = {"classes": data.classes, "groups": data.groups, "result": at["result"], "versions": versions()}
+            progress = {"progress": at, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save({"run": run, "state": state, **names, **progress}, out / "checkpoint.pt")
+
+    def meet():
+        """Puts together what the processes saw since they last met; RunError if one of them cannot go on."""
+        parts = place.gather(seen.take())
+        for key in ("clips", "loss", "right"):
+            at[key] += sum(part[key] for part in parts)
+        at["overflows"] += parts[0]["overflows"]
+        at["seconds"] += parts[0]["seconds"]
+        skipped = [text for part in parts for text in part["skipped"]]
+        at["failed"] += len(skipped)
+        at["skipped"] = list(dict.fromkeys(at["skipped"] + skipped))
+        for part in parts:
+            if part["trouble"]:
+                raise RunError(part["trouble"])
+        if at["failed"] > max(FAILURES * at["clips"], 10):
+            few = f"{at['failed']} of {at['clips']} training videos cannot be read"
+            raise RunError(f"{few}, more than {FAILURES:.0%}; the last: {at['skipped'][-1]}")
+        log.window(at, parts, rate, device)
+
+    with log, noted_signals(place) as signals:
+        for epoch in range(at["epoch"], run["epochs"]):
+            model.train()
+            train_set.epoch = epoch
+            order = epoch_order(run, len(train_set), epoch, place, micro)
+            share = micro * run["accumulate"]  # of a step's clips, this process's
+            batches = iter(place.batches(train_set, order[share * at["step"] :], micro))
+            saved = time.monotonic()
+            for i in range(at["step"], steps_per_epoch):
+                step = epoch * steps_per_epoch + i
+                torch.manual_seed((1_000_003 * run["seed"] + step) * 1009 + rank)  # a resumed run drops out the same
+                rate = peak_rate(run) * warmup_cosine(step, steps, warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["rate"]
+                with seen.waiting():
+                    passes = [next(batches) for _ in range(run["accumulate"])]
+                seen.videos(passes)
+                if place.agree(bool(seen.trouble or signals)):  # all processes go on, or none
+                    meet()
+                    keep()
+                    raise Stopped(*signals[:1])
+
+                for k, (video, label, _) in enumerate(passes, 1):
+                    video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
+                    reduce = world == 1 or k == run["accumulate"]
+                    with autocast(run, device), contextlib.nullcontext() if reduce else parallel.no_sync():
+                        logits = forward(common.normalize(video, model.vit)).float()
+                        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=run["label_smoothing"])
+                        scaler.scale(loss.mean() / run["accumulate"]).backward()
+                    seen.forward(loss, logits, label)
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(tuned, run["clip_grad"] or math.inf)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+
+                seen.step(step + 1, norm, order[share * i : share * (i + 1)])
+                at["step"] = i + 1
+                log.tick()
+                if at["step"] % LOG_EVERY == 0 or at["step"] == steps_per_epoch:
+                    meet()  # nowhere else does the loop wait for the device
+                    if time.monotonic() - saved > 60 * run["save_every"]:
+                        keep()
+                        saved = time.monotonic()
+
+            line = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
+            line |= {"train_loss": at["loss"] / at["clips"], "train_top1": 100 * at["right"] / at["clips"]}
+            if (epoch + 1) % run["eval_every"] == 0 or epoch + 1 == run["epochs"]:
+                keep()  # killed while it evaluates, a run has lost no step
+                began = time.perf_counter()
+                evaluated = evaluate(model, val_set, data, run, place, signals)
+                at["result"], at["seconds"] = evaluated.result, at["seconds"] + time.perf_counter() - began
+                at["skipped"] = list(dict.fromkeys(at["skipped"] + evaluated.skipped))
+                line |= evaluated.result
+                if rank == 0:
+                    write_tables(evaluated, data.classes, out, "val")
+            log.epoch(line | {"seconds": round(at["seconds"], 1), "overflows": at["overflows"]})
+            at |= dict(START, epoch=epoch + 1, overflows=at["overflows"])
+            keep()
+    return at["result"], at["skipped"]
+
+
+# How far a run is: epochs, steps of the epoch and what they saw, and where log.jsonl ended.
+START = dict(epoch=0, step=0, clips=0, loss=0.0, right=0, failed=0, seconds=0.0, overflows=0, log=0)
+
+
+# ---- Checkpoints
+
+
+def versions():
+    packages = ("torch", "torchvision", "open_clip_torch", "timm", "av")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def save(checkpoint, path):
@@ -384,55 +726,148 @@ def save(checkpoint, path):
     os.replace(beside, path)
 
 
-def load(path):
+def read(path):
+    """Whatever torch.load can read without running any code of it -> dict"""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["run"] = {**DEFAULTS, **checkpoint["run"]}  # an older one lacks newer settings
-        checkpoint["state"]
+        common.tensors_of(checkpoint)
     except Exception as e:  # whatever the unpickler says of a file that is not ours
-        raise ValueError(f"{path} is not a checkpoint of train.py, or it is damaged") from e
+        raise ValueError(f"{path} is not a checkpoint, or it is damaged") from e
     return checkpoint
 
 
-@torch.no_grad()
-def evaluate(model, dataset, data, run, place):
-    """Top-1 and top-5 in percent over a testing VideoDataset, every video counted once -> (result, skipped videos)
+def load(path):
+    """A checkpoint of ours."""
+    checkpoint = read(path)
+    if not {"run", "state", "classes"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py; --init reads those of the methods' authors")
+    checkpoint["run"] = {**DEFAULTS, **checkpoint["run"]}  # an older one lacks newer settings
+    return checkpoint
 
-    `result` also has the top-1 over each of `data.groups`: clips of those classes, predicted among all classes.
+
+def refuse(path, run, args, keys, why):
+    """ValueError if a flag asks for another method, backbone, ... than the checkpoint has."""
+    for key in keys:
+        asked, there = getattr(args, key), run[key]
+        if asked is not None and str(asked).replace("/", "-") != str(there).replace("/", "-"):
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"{path} is of {flag} {there}, not {asked}: {why}")
+
+
+def start_from(path, run, args, classes, device):
+    """`build` with the weights of any checkpoint: ours, or one that a method's authors released -> model
+
+    With other classes than `classes`, the classifier is new. ValueError if the rest does not fit.
     """
+    checkpoint = read(path)
+    ours = {"run", "state", "classes"} <= checkpoint.keys()
+    head = next(
+        (t for k, t in common.tensors_of(checkpoint).items() if re.search(r"(^|\.)(head|fc|fc_cls)\.weight$", k)), None
+    )
+    if head is None:
+        raise ValueError(f"{path} has no classifier among its keys: neither ours nor one of the authors' checkpoints")
+    model = build(run, len(head), device)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    if ours:
+        common.load_tuned(model, checkpoint["state"], path)
+    else:
+        _, load_official = RELEASED[run["method"]]
+        try:
+            load_official(model, checkpoint)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e} (is it of another --recipe, --backbone or --frames?)") from e
+    if any(not torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen):
+        run["pretrained"] = None  # it brought a backbone of its own, which no name leads to
+    known = checkpoint["classes"] if ours else len(head)
+    if known != (classes if ours else len(classes)):
+        if args.eval:
+            raise ValueError(f"{path} knows {len(head)} classes, which are not the {len(classes)} of {run['data']}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"{path} knows {len(head)} classes, which are not the {len(classes)} of {run['data']}: new classifier"
+            )
+        torch.manual_seed(run["seed"])
+        model.head = common.classifier(model.head.in_features, len(classes)).to(device)
+    return model
+
+
+def settings_to_start_from(path, args):
+    """`settings`, where the method is the checkpoint's; one of ours also brings its backbone and the method's keywords."""
+    checkpoint = read(path)
+    if {"run", "state", "classes"} <= checkpoint.keys():
+        theirs = {**DEFAULTS, **checkpoint["run"]}
+        refuse(path, theirs, args, ("method", "backbone", "num_frames", "image_size"), "--init takes over its shape")
+        args.method = theirs["method"]
+        run = settings(args)
+        run |= {key: theirs[key] for key in ("backbone", "image_size", "quick_gelu", "num_frames")}
+        run["pretrained"] = theirs["pretrained"] if args.pretrained is None else run["pretrained"]
+        run["model"] = theirs["model"] | read_set(args.method, args.set or [])
+        return run
+    keys = "\n".join(common.tensors_of(checkpoint))
+    method = next((method for method, (pattern, _) in RELEASED.items() if re.search(pattern, keys)), None)
+    if method is None:
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor one that the authors of a method released")
+    refuse(path, {"method": method}, args, ("method",), "its keys tell")
+    args.method = method
+    run = settings(args)
+    if run["quick_gelu"] is None and run["backbone"].replace("/", "-").startswith(("ViT-B-", "ViT-L-")):
+        run["quick_gelu"] = True  # the authors start from OpenAI's CLIP, which their files do not say
+    return run
+
+
+# ---- Evaluating and using
+
+
+class Evaluated(NamedTuple):
+    """result: top-1 and top-5 in percent, videos counted, and `top1 GROUP` over each group of classes. skipped: why and
+    which videos are not counted. confusion (true class, predicted class) and among_five (true class): videos.
+    """
+
+    result: dict
+    skipped: list
+    confusion: torch.Tensor
+    among_five: torch.Tensor
+
+
+@torch.no_grad()
+def evaluate(model, dataset, data, run, place, signals=()):
+    """Over a testing VideoDataset, each video counted once, by one process -> Evaluated; Stopped if a signal comes."""
     model.eval()
-    if dist.is_initialized():  # each process has its own statistics of batch norms; the checkpoint has the first's
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    views = math.prod(run["views"])
-    device, rank, world, _ = place
-    own = range(rank, len(dataset), world)
-    batches = place.batches(dataset, own, max(run["batch_size"] // (world * views), 1))
-    counts = torch.zeros(3, len(data.classes), device=device)  # by class: videos, right at first, right among five
-    problems = []
-    for video, label, problem in tqdm(batches, desc="evaluating", leave=False, disable=rank > 0, dynamic_ncols=True):
-        problems += filter(None, problem)
+    views, C = math.prod(run["views"]), len(data.classes)
+    device = place.device
+    own = range(place.rank, len(dataset), place.world)
+    batches = place.batches(dataset, own, max(run["batch_size"] // (place.world * views), 1))
+    confusion, among_five = torch.zeros(C, C, device=device), torch.zeros(C, device=device)
+    skipped = []
+    hidden = None if place.rank == 0 else True  # None: no bar where there is no terminal
+    for video, label, problems in tqdm(batches, desc="evaluating", leave=False, disable=hidden, dynamic_ncols=True):
+        if signals:
+            break
+        skipped += filter(None, problems)
         readable = label >= 0
         if not readable.any():
             continue
-        label = label[readable].to(device)
-        best = probabilities(model, video[readable], run, device).topk(min(5, len(data.classes))).indices
-        hits = best == label[:, None]
-        for row, hit in zip(counts, (torch.ones_like(label), hits[:, 0], hits.any(1))):
-            row.index_add_(0, label, hit.float())
-    counts = sum_over_processes(counts).cpu()
-    problems = gather(problems)
+        label = label[readable].to(device, non_blocking=True)
+        best = probabilities(model, video[readable], run, device).topk(min(5, C)).indices
+        confusion.view(-1).index_add_(0, label * C + best[:, 0], torch.ones_like(label, dtype=torch.float32))
+        among_five.index_add_(0, label, (best == label[:, None]).any(1).float())
+    if place.agree(bool(signals)):
+        raise Stopped(*signals[:1])
+    parts = place.gather((skipped, confusion.cpu().long(), among_five.cpu().long()))
+    skipped = list(dict.fromkeys(text for part in parts for text in part[0]))
+    confusion, among_five = sum(part[1] for part in parts), sum(part[2] for part in parts)
 
-    videos, right, among_five = counts.sum(1).tolist()
-    if not videos:
-        raise VideoError(f"none of the {len(dataset)} videos to evaluate can be read; the first: {problems[0]}")
-    result = {"top1": 100 * right / videos, "top5": 100 * among_five / videos, "videos": int(videos)}
+    videos, right = confusion.sum(1), confusion.diag()
+    if not videos.sum():
+        raise VideoError(f"none of the {len(dataset)} videos to evaluate can be read; the first: {skipped[0]}")
+    top1, top5 = (100 * counts.sum().item() / videos.sum().item() for counts in (right, among_five))
+    result = {"top1": top1, "top5": top5, "videos": videos.sum().item()}
     for group, names in data.groups.items():
-        videos, right, _ = counts[:, [data.classes.index(name) for name in names]].sum(1).tolist()
-        result[f"top1 {group}"] = 100 * right / max(videos, 1)
-    return result, problems
+        chosen = [data.classes.index(name) for name in names]
+        result[f"top1 {group}"] = 100 * right[chosen].sum().item() / max(videos[chosen].sum().item(), 1)
+    return Evaluated(result, skipped, confusion, among_five)
 
 
 def probabilities(model, video, run, device):
@@ -450,6 +885,23 @@ def describe(result):
     return f"top-1 {result['top1']:.1f} % ({', '.join(parts)})"
 
 
+def write_tables(evaluated, classes, folder, split):
+    """SPLIT_classes.csv: accuracy by class; SPLIT_confusion.csv: a row for each true class, a column for each guess."""
+    folder.mkdir(parents=True, exist_ok=True)
+    confusion, among_five = evaluated.confusion.tolist(), evaluated.among_five.tolist()
+    with open(folder / f"{split}_classes.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "videos", "top1", "top5"])
+        for c, name in enumerate(classes):
+            videos = sum(confusion[c])
+            shares = [f"{100 * count / videos:.2f}" if videos else "" for count in (confusion[c][c], among_five[c])]
+            table.writerow([name, videos, *shares])
+    with open(folder / f"{split}_confusion.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["true \\ predicted", *classes])
+        table.writerows([name, *row] for name, row in zip(classes, confusion))
+
+
 @torch.no_grad()
 def predict(run, model, videos, classes, device):
     """Prints the five likeliest classes of each video; VideoError, after the others, for those that are broken."""
@@ -462,13 +914,13 @@ def predict(run, model, videos, classes, device):
             problems.append(problem)
             continue
         p, best = probabilities(model, video[None], run, device)[0].topk(min(5, len(classes)))
-        print(
-            clip.path,
-            *(f"{100 * share:5.1f} %  {classes[c]}" for share, c in zip(p.tolist(), best.tolist())),
-            sep="\n  ",
-        )
+        shares = (f"{100 * share:5.1f} %  {classes[c]}" for share, c in zip(p.tolist(), best.tolist()))
+        print(clip.path, *shares, sep="\n  ", flush=True)
     if problems:
         raise VideoError("; ".join(problems))
+
+
+# ---- From the command line to the job
 
 
 def run_folder(args):
@@ -481,63 +933,74 @@ def run_folder(args):
         return args.out
     base = Path("runs") / f"{args.method}-{Path(args.data).stem}"
     last, count, out = None, 1, base
-    while (out / "checkpoint.pt").exists():
+    while (out / "run.json").exists() or (out / "checkpoint.pt").exists():
         last, count = out, count + 1
         out = base.with_name(f"{base.name}-{count}")
-    if args.resume and last is None:
-        raise FileNotFoundError(f"--resume: there is no {base / 'checkpoint.pt'} yet")
-    return last if args.resume else out
+    return (last or out) if args.resume else out
 
 
-def check_resumable(checkpoint, args):
+def check_resumable(path, checkpoint, args):
     """Flags may lengthen a resumed run or change its rate; what its checkpoint fixes they may only repeat."""
-    if "optimizer" not in checkpoint:
-        raise ValueError("a merged checkpoint can be evaluated, but not resumed: it has no optimiser state")
-    run, asked = checkpoint["run"], settings(args)
-    given = {
-        "recipe": args.recipe,
-        "model": args.set,
-        "weight_decay": args.weight_decay,
-        "temporal_lr": args.temporal_lr,
-    }
-    for key, flag in given.items():
-        if flag not in (None, []) and asked[key] != run[key]:
-            raise ValueError(f"this run was begun with {key} {run[key]}, not {asked[key]}: --resume cannot change that")
-    if args.epochs and args.epochs < checkpoint["epoch"]:
-        raise ValueError(f"--epochs {args.epochs}: this run has done {checkpoint['epoch']} already")
+    run = checkpoint["run"]
+    if "progress" not in checkpoint:
+        raise ValueError(f"{path} can be evaluated, but not resumed: it is merged, or older than this train.py")
+    keys = ("method", "backbone", "num_frames", "image_size", "recipe", "weight_decay", "temporal_lr")
+    refuse(path, run, args, keys, "--resume cannot change that")
+    asked = run["model"] | read_set(run["method"], args.set or [])
+    if asked != run["model"]:
+        raise ValueError(f"this run was begun with model {run['model']}, not {asked}: --resume cannot change that")
+    at = checkpoint["progress"]
+    if args.epochs and args.epochs < at["epoch"]:
+        raise ValueError(f"--epochs {args.epochs}: this run has done {at['epoch']} already")
+    if at["step"]:
+        refuse(path, run, args, ("batch_size", "repeat", "data"), f"it stopped inside epoch {at['epoch'] + 1}")
+
+
+def setting(args, out):
+    """What the command line and a checkpoint say together -> (run, checkpoint or None)"""
+    path = out / "checkpoint.pt" if args.resume else args.checkpoint
+    if args.resume and not path.exists():
+        print(f"{path} is not there yet: the run begins from the start")
+        path = None
+    if path is None:
+        return settings_to_start_from(Path(args.init), args) if args.init else settings(args), None
+    checkpoint = load(path)
+    run = checkpoint["run"]
+    if args.resume:
+        check_resumable(path, checkpoint, args)
+    else:
+        refuse(path, run, args, ("method", "backbone"), "leave the flag out")
+        run["compile"] = False
+        if device_of(args).type == "cpu":
+            run["precision"] = None  # a GPU's is no choice for a CPU
+        if args.data:
+            run |= dict(data_root=None, val_data=None, annotations=None, skip=None)  # were of the checkpoint's data
+    override(run, args)
+    return run, checkpoint
 
 
 def prepare(args):
     """All that can go wrong before the first step -> (job, its keywords). Writes nothing but the toy videos."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device_of(args)
+    if args.init and not args.method:
+        settings_to_start_from(Path(args.init), args)  # names the method, and so the run's folder
     out = None if args.eval or args.predict else run_folder(args)
-    path = out / "checkpoint.pt" if args.resume else args.checkpoint
-    checkpoint = load(path) if path else None
-    if checkpoint:
-        run = checkpoint["run"]
-        if args.method not in (None, run["method"]):
-            raise ValueError(f"this checkpoint is of --method {run['method']}, not {args.method}")
-        if args.resume:
-            check_resumable(checkpoint, args)
-        if device.type == "cpu" and not args.resume:
-            run["precision"] = None  # a GPU's is no choice for a CPU
-        if args.data:
-            run.update(
-                data_root=None, val_data=None, annotations=None, skip=None
-            )  # those were of the data of the checkpoint
-        override(run, args)
-    else:
-        run = settings(args)
+    run, checkpoint = setting(args, out)
     passes = world * run["accumulate"]
     if run["batch_size"] % passes:
         raise ValueError(
             f"--batch-size {run['batch_size']} is no multiple of {passes} (processes x accumulated passes)"
         )
+    if run["compile"]:
+        check_compiler(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    group = None
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        group = dist.new_group(backend="gloo") if device.type == "cuda" else None
 
+    data = None
     if not args.predict:
         for turn in (0, 1):  # process 0 first: it may have to write the toy videos
             if turn == min(rank, 1):
@@ -552,14 +1015,17 @@ def prepare(args):
             raise ValueError(f"{run['data']} has no {args.split} split")
 
     classes = checkpoint["classes"] if checkpoint else data.classes
-    model = build(run, len(classes), device)
+    if args.init and not checkpoint:
+        model = start_from(Path(args.init), run, args, classes, device)
+    else:
+        model = build(run, len(classes), device)
     if checkpoint:
-        common.load_tuned(model, checkpoint["state"], path)
+        common.load_tuned(model, checkpoint["state"], args.checkpoint or out / "checkpoint.pt")
     if args.predict:
         return predict, dict(run=run, model=model, videos=args.predict, classes=classes, device=device)
 
     workers = args.workers if args.workers is not None else 0 if data.small else min(8, os.cpu_count())
-    place = Place(device, rank, world, workers)
+    place = Place(device, rank, world, workers, group)
     shape = dict(num_frames=run["num_frames"], size=model.vit.image_size, span=run["span"], keep=data.small)
     eval_set = VideoDataset(getattr(data, args.split), views=run["views"], **shape)
     job = dict(run=run, model=model, data=data, place=place)
@@ -571,51 +1037,92 @@ def prepare(args):
     if len(train_set) < run["batch_size"]:
         there, batch = len(train_set), run["batch_size"]
         raise ValueError(f"{there} training videos do not fill a batch of {batch}: choose a smaller --batch-size")
+    if rank == 0:
+        introduce(run, model, data, place, out)
     return train, dict(job, train_set=train_set, val_set=eval_set, out=out, resumed=checkpoint)
+
+
+def check_compiler(device):
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as e:  # each backend raises its own
+        raise ValueError(f"--compile does not work here ({type(e).__name__}); on Linux it needs gcc or g++") from e
+
+
+def introduce(run, model, data, place, out):
+    """The recipe that the run uses, as run.json in its folder has it."""
+    total, tunable = (n / 1e6 for n in common.count_parameters(model))
+    apart = ("method", "data", "recipe", "model", "augment")
+    words = [f"{key} {plain(value)}" for key, value in run.items() if key not in apart and value not in (None, False)]
+    words += [f"{key}={plain(value)}" for name in ("augment", "model") for key, value in run[name].items()]
+    if run["lr_batch"]:
+        words.append(f"so that the rate is {peak_rate(run):g}")
+    print(f"{run['method']} on {run['data']}, recipe {run['recipe']}, into {out}")
+    print(textwrap.fill(", ".join(words), 110, initial_indent="  ", subsequent_indent="  "))
+    print(
+        f"  {len(data.train):,} videos to train on, {len(data.val):,} to evaluate on, {len(data.classes)} classes;",
+        end=" ",
+    )
+    print(f"{tunable:.2f} of {total:.2f} M parameters tuned, on {place.world} x {place.device.type}", flush=True)
 
 
 def main(argv=None):
     """Does what the command line says -> the evaluation's result (None for --predict)"""
-    args = parse(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        args = parse(argv)
         job, keywords = prepare(args)
     except (ValueError, FileNotFoundError) as error:
         stop(error)
     except KeyboardInterrupt:
         stop("stopped before the first step", code=130)
+    saved = keywords.get("out") and keywords["out"] / "checkpoint.pt"
     try:
         answer = job(**keywords)
-    except (VideoError, FloatingPointError) as error:
-        stop(error)
+    except (VideoError, RunError) as error:
+        kept = f"\nwhat it had learned before is in {saved}" if saved and saved.exists() else ""
+        stop(f"{error}{kept}")
+    except Stopped as stopped:
+        at = torch.load(saved, weights_only=True)["progress"]
+        again = shlex.join(["train.py", *argv, *(["--resume"] if "--resume" not in argv else [])])
+        launcher = "python" if keywords["place"].world == 1 else "torchrun ..."
+        where = f"stopped and saved after step {at['step']} of epoch {at['epoch'] + 1}"
+        stop(f"{where}; go on with\n    {launcher} {again}", code=128 + (stopped.args or (signal.SIGTERM,))[0])
     except KeyboardInterrupt:
-        begun = job is train and (keywords["out"] / "checkpoint.pt").exists()
-        stop("stopped" + "; with --resume it goes on after the last whole epoch" * begun, code=130)
+        stop("stopped" + "; with --resume it goes on from the last checkpoint" * bool(saved and saved.exists()), 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if answer is None:
-        return None
-    result, skipped = answer
-    if keywords["place"].rank == 0:
-        report(keywords["run"], args.split, keywords["model"], result, skipped, keywords.get("out"))
+    if job is predict or keywords["place"].rank > 0:
+        return None if job is predict else answer[0]
+    result, skipped = answer[:2]
+    report(args, keywords, result, skipped)
+    if job is evaluate:
+        folder = args.out or (args.checkpoint or Path(args.init)).parent
+        try:
+            write_tables(answer, keywords["data"].classes, folder, args.split)
+            print(f"by class: {folder}/{args.split}_classes.csv and {args.split}_confusion.csv")
+        except OSError as error:
+            print(f"the tables by class could not be written to {folder} ({error.strerror}); name another --out")
     return result
 
 
 def stop(error, code=2):
-    print(f"\ntrain.py: {error}", file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"\ntrain.py: {error}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def report(run, split, model, result, skipped, out):
+def report(args, keywords, result, skipped):
     """The last words of a run."""
-    print(f"{split} {describe(result)} on {result['videos']} videos")
+    print(f"{args.split} {describe(result)} on {result['videos']} videos")
     if skipped:
         print(f"{len(skipped)} videos were skipped:", *skipped[:10], sep="\n  ")
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")
-    if out:
+    if out := keywords.get("out"):
         (out / "skipped.txt").write_text("".join(f"{text}\n" for text in skipped), encoding="utf-8")
-        path, (total, tunable) = out / "checkpoint.pt", common.count_parameters(model)
+        path, (total, tunable) = out / "checkpoint.pt", common.count_parameters(keywords["model"])
         print(f"{tunable / 1e6:.2f} M tunable of {total / 1e6:.2f} M parameters")
         print(f"checkpoint {path} ({path.stat().st_size / 1e6:.1f} MB)")
         print(f"use it: python train.py --predict VIDEO --checkpoint {path}")
