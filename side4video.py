@@ -337,6 +337,9 @@ RECIPES = {
     "k400 EVA02-E-14": dict(  # RandAugment as in the released configuration; table 12 has none
         K400, epochs=20, batch_size=128, lr=1e-4, model=E14_MODEL, augment=K400["augment"] | SSV2["augment"]
     ),
+    "ssv1": dict(SSV2, epochs=40),
+    "ssv1 ViT-L-14": dict(SSV2, epochs=40, lr=1e-4, model=L14_MODEL),
+    "ssv1 EVA02-E-14": dict(SSV2, epochs=30, warmup_epochs=6, batch_size=64, lr=1e-4, model=E14_MODEL),
     "ssv2": SSV2,
     "ssv2 ViT-L-14": dict(SSV2, lr=1e-4, model=L14_MODEL),
     "ssv2 EVA02-E-14": dict(SSV2, epochs=25, warmup_epochs=6, batch_size=64, lr=1e-4, model=E14_MODEL),

@@ -119,12 +119,14 @@ def parse(argv):
 
     text = __doc__.replace("METHOD", known.method).replace("DATA", known.data)
     as_is = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=text, formatter_class=as_is, allow_abbrev=False)
+    usage = "python train.py --method NAME --data DATA [...]; --help has the rest"
+    p = argparse.ArgumentParser(usage=usage, description=text, formatter_class=as_is, allow_abbrev=False)
+    p.set_defaults(split="val")
 
     def flag(group, names, text, default=None, **more):
         """A flag, whose default stands in its help only, so that what was given can be told."""
         key = names.split()[0].removeprefix("--").replace("-", "_")
-        default = shown[key] if default is None and shown.get(key) not in (None, False) else default
+        default = shown.get(key) if default is None and shown.get(key) is not False else default
         text += f" (default: {plain(default)})" if default not in (None, "") else ""
         group.add_argument(*names.split(), help=text.replace("%", "%%"), **more)
 
@@ -732,10 +734,20 @@ def read(path):
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        common.tensors_of(checkpoint)
+        tensors(checkpoint)
     except Exception as e:  # whatever the unpickler says of a file that is not ours
         raise ValueError(f"{path} is not a checkpoint, or it is damaged") from e
     return checkpoint
+
+
+def tensors(checkpoint):
+    """All tensors of a checkpoint by their whole names, however deeply nested."""
+    found = {}
+    for key, value in checkpoint.items():
+        nested = tensors(value) if isinstance(value, dict) else {}
+        found |= {f"{key}.{name}": tensor for name, tensor in nested.items()}
+        found |= {str(key): value} if isinstance(value, torch.Tensor) else {}
+    return found
 
 
 def load(path):
@@ -763,9 +775,7 @@ def start_from(path, run, args, classes, device):
     """
     checkpoint = read(path)
     ours = {"run", "state", "classes"} <= checkpoint.keys()
-    head = next(
-        (t for k, t in common.tensors_of(checkpoint).items() if re.search(r"(^|\.)(head|fc|fc_cls)\.weight$", k)), None
-    )
+    head = next((t for k, t in tensors(checkpoint).items() if re.search(r"(^|\.)(head|fc|fc_cls)\.weight$", k)), None)
     if head is None:
         raise ValueError(f"{path} has no classifier among its keys: neither ours nor one of the authors' checkpoints")
     model = build(run, len(head), device)
@@ -805,7 +815,7 @@ def settings_to_start_from(path, args):
         run["pretrained"] = theirs["pretrained"] if args.pretrained is None else run["pretrained"]
         run["model"] = theirs["model"] | read_set(args.method, args.set or [])
         return run
-    keys = "\n".join(common.tensors_of(checkpoint))
+    keys = "\n".join(tensors(checkpoint))
     method = next((method for method, (pattern, _) in RELEASED.items() if re.search(pattern, keys)), None)
     if method is None:
         raise ValueError(f"{path} is neither a checkpoint of train.py nor one that the authors of a method released")

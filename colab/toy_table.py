@@ -53,7 +53,7 @@ def measure(folder, data, order=None, merged=False):
     kind = Reordered if order else VideoDataset
     dataset = kind(data.test, run["num_frames"], model.vit.image_size, run["span"], run["views"], keep=True)
     dataset.order = order
-    result, _ = train.evaluate(model, dataset, data, run, train.Place(device, rank=0, world=1, workers=0))
+    result = train.evaluate(model, dataset, data, run, train.Place(device, rank=0, world=1, workers=0)).result
     return result["top1 monotone"], result["top1 jumping"], count_parameters(model)[1]
 
 

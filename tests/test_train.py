@@ -1,15 +1,22 @@
 """The training loop as its users meet it: real videos, real processes, wrong flags."""
 
+import csv
 import json
 import os
+import pty
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
+import aim
 import common
 import data
 import train
@@ -45,6 +52,11 @@ def run(*argv, processes=1):
     return subprocess.run([*command, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
 
 
+def lines(out, key="train_loss"):
+    """Of log.jsonl: an epoch's have "train_loss", those within an epoch "loss"."""
+    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in line]
+
+
 def state(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)["state"]
 
@@ -67,18 +79,52 @@ def test_a_run_leaves_a_summary_a_log_and_a_small_checkpoint(trained):
     out, done = trained
     for words in ("val top-1", "on 8 videos", "M tunable of", "checkpoint", "use it: python train.py --predict"):
         assert words in done.stdout
-    assert "loss" in done.stderr and "top-1" in done.stderr  # the progress bar
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
-    assert {"train_loss", "train_top1", "top1", "top5", "videos", "lr", "seconds"} <= lines[0].keys()
+    assert [line["epoch"] for line in lines(out)] == [1, 2]
+    assert {"train_loss", "train_top1", "top1", "top5", "videos", "step", "seconds", "overflows"} <= lines(out)[
+        0
+    ].keys()
+    windows = {"step", "epoch", "loss", "top1", "lr", "grad_norm", "clips_per_second", "data_wait", "memory_mb"}
+    assert windows | {"overflows", "skipped"} <= lines(out, "loss")[0].keys()
+    assert [line["step"] for line in lines(out, "loss")] == [3, 6]
     assert not any(name.startswith("vit.") and "ln_post" not in name for name in state(out))
-    assert json.loads((out / "run.json").read_text())["method"] == "aim"
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(checkpoint["run"]))
+    assert checkpoint["versions"]["torch"] == torch.__version__ and checkpoint["classes"] == ["grows", "shrinks"]
+    frozen = common.load_clip("ViT-Toy-16", "shipped").conv1.weight.numel()
+    tuned = sum(tensor.numel() for tensor in checkpoint["state"].values())
+    kept = [entry for entry in checkpoint["optimizer"]["state"].values()]
+    assert sum(entry["exp_avg"].numel() for entry in kept) == tuned and frozen
+
+
+def test_a_run_says_what_it_is_about_to_do_and_shows_plain_lines_without_a_terminal(trained):
+    _, done = trained
+    for words in ("aim on", "recipe toy", "lr 0.008", "epochs 2", "drop_path=0", "24 videos to train on", "2 classes"):
+        assert words in done.stdout
+    for words in ("step 3/6", "epoch 1/2", "loss ", "top-1 ", "clips/s", "% data wait", " GB", " left"):
+        assert words in done.stdout
+    assert "\r" not in done.stdout + done.stderr
+
+
+def test_a_terminal_gets_a_progress_bar(folder, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "train.py", *flags(folder, tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0
+    for words in (b"6/6", b"epoch 2/2", b"loss ", b"clips/s", b"% data wait", b"GB", b"\r"):
+        assert words in shown
 
 
 def test_eval_and_predict_use_the_checkpoint(trained, folder):
     out, done = trained
     result = train.main(["--eval", "--checkpoint", str(out / "checkpoint.pt"), "--workers", "0"])
-    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    last = lines(out)[-1]
     assert result["top1"] == pytest.approx(last["top1"]) and result["videos"] == 8
     more = train.main(["--eval", "--checkpoint", str(out / "checkpoint.pt"), "--workers", "0", "--views", "2", "3"])
     assert more["videos"] == 8
@@ -100,7 +146,7 @@ def test_a_resumed_run_ends_with_the_same_bits(trained, folder, tmp_path, monkey
     with pytest.raises(SystemExit) as stop:
         train.main(flags(folder, out))
     assert stop.value.code == 130
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] == 3
     monkeypatch.setattr(train, "save", real)
     done = run(*flags(folder, out, "--resume"))
     assert done.returncode == 0, done.stderr
@@ -116,8 +162,7 @@ def test_every_method_trains_resumes_and_evaluates(method, folder, tmp_path):
     again = train.main(["--eval", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--workers", "0"])
     assert again == first
     train.main([*argv, "--epochs", "2", "--resume"])
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("method", ["aim", "st_adapter", "zeroi2v", "side4video"])
@@ -146,28 +191,69 @@ def test_a_backbone_may_have_its_own_recipe_and_a_kernel_its_own_form():
         settings("--method st_adapter --data videos --set kernel=3,1")
 
 
-def test_accumulated_passes_give_the_same_weights(trained, folder, tmp_path):
-    still = ["--set", "dropout=0.0", "drop_path=0.0", "--epochs", 1]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(flags(folder, whole, *still))
-    train.main(flags(folder, parts, *still, "--accumulate", 4))
-    assert_same_state(state(whole), state(parts), rtol=1e-4, atol=1e-5)
+def free_port():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_same_weights_and_count_every_video_once(folder, tmp_path):
-    still = ["--set", "dropout=0.0", "drop_path=0.0", "--epochs", 1]
-    one, two = tmp_path / "one", tmp_path / "two"
-    train.main(flags(folder, one, *still))
-    done = run(*flags(folder, two, *still), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert_same_state(state(one), state(two), rtol=1e-4, atol=1e-5)
-    assert json.loads((two / "log.jsonl").read_text())["videos"] == 8
+def train_as(rank, world, port, commands, reduced):
+    """One of `world` processes: trains with each command line, logging every step; counts the gradients it reduces."""
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train.LOG_EVERY = 1
+
+    class Parallel(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            tuned = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+            reduced.put((self._get_ddp_logging_data()["total_parameter_size_bytes"], 4 * tuned))
+
+    train.DistributedDataParallel = Parallel
+    for argv in commands:
+        train.main(argv)
+
+
+def test_two_processes_or_four_passes_train_as_one(folder, tmp_path):
+    """The same losses and weights after six steps; every video evaluated once; only what is tuned is reduced."""
+    methods, commands = ("aim", "st_adapter", "zeroi2v", "side4video"), {}
+    for name in ("one", "two", "four passes"):
+        for method in methods:
+            more = ["--epochs", 1, "--batch-size", 4, "--method", method, "--set", "dropout=0", "--lr", "1e-3"]
+            more += ["--accumulate", 4] if name == "four passes" else []
+            commands.setdefault(name, []).append(flags(folder, tmp_path / name / method, *more))
+    context = torch.multiprocessing.get_context("spawn")
+    reduced, starts = context.SimpleQueue(), dict(join=False, start_method="spawn")
+    runs = [
+        torch.multiprocessing.start_processes(
+            train_as, (1, 0, commands["one"] + commands["four passes"], reduced), 1, **starts
+        )
+    ]
+    runs.append(
+        torch.multiprocessing.start_processes(train_as, (2, free_port(), commands["two"], reduced), 2, **starts)
+    )
+    for processes in runs:
+        while not processes.join():
+            pass
+    sizes = [reduced.get() for _ in range(2 * len(methods))]
+    assert all(sent == tuned for sent, tuned in sizes)
+    for method in methods:
+        one = tmp_path / "one" / method
+        for other in ("two", "four passes"):
+            if (other, method) == ("four passes", "side4video"):
+                continue  # its batch norms see a pass at a time
+            there = tmp_path / other / method
+            losses = [[line["loss"] for line in lines(out, "loss")] for out in (one, there)]
+            assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+            assert_same_state(state(one), state(there), rtol=0, atol=1e-5)
+            assert lines(there)[0]["videos"] == 8
+            for table in ("val_classes.csv", "val_confusion.csv"):
+                assert (there / table).read_text() == (one / table).read_text()
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    train.save({"run": {}, "state": {"a": torch.ones(3)}}, path)
+    train.save({"run": {}, "classes": [], "state": {"a": torch.ones(3)}}, path)
 
     def crash(checkpoint, file):
         file.write(b"half of it")
@@ -306,7 +392,7 @@ def test_bf16_trains_close_to_float32(folder, tmp_path):
     still = ["--set", "dropout=0.0", "drop_path=0.0", "--epochs", 1]
     for precision in ("fp32", "bf16"):
         train.main(flags(folder, tmp_path / precision, *still, "--precision", precision))
-    losses = [json.loads((tmp_path / p / "log.jsonl").read_text())["train_loss"] for p in ("fp32", "bf16")]
+    losses = [lines(tmp_path / p)[0]["train_loss"] for p in ("fp32", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
 
 
@@ -315,24 +401,5 @@ def test_the_readmes_training_command_learns(tmp_path):
     """`python train.py --method aim --data toy`, whole, in a fresh place: at least 90 % over the monotone classes."""
     done = run("--method", "aim", "--data", "toy", "--data-root", tmp_path, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    result = lines(tmp_path / "run")[-1]
     assert result["top1 monotone"] >= 90 and result["videos"] == data.TOY_CLIPS["val"]
-
-
-def evaluate_on_two(rank, folder, meeting):
-    """Each process comes with batch statistics of its own."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    argv = flags(folder, meeting.parent / "run", "--method", "side4video")
-    settings, found, device = train.settings(train.parse(argv)), data.find_clips(str(folder)), torch.device("cpu")
-    model = train.build(settings, 2, device)
-    for buffer in model.buffers():
-        buffer.fill_(1 + rank)
-    clips = data.VideoDataset(found.val, 4, 64)
-    result, _ = train.evaluate(model, clips, found, settings, train.Place(device, rank, 2, 0))
-    assert result["videos"] == 8
-    assert all((buffer == 1).all() for buffer in model.buffers())
-    torch.distributed.destroy_process_group()
-
-
-def test_processes_evaluate_one_model_whatever_their_batch_statistics(folder, tmp_path):
-    torch.multiprocessing.spawn(evaluate_on_two, args=(folder, tmp_path / "meeting"), nprocs=2)
