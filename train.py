@@ -612,7 +612,7 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
     parallel = forward = model
     if world > 1:  # reduces the gradients of what is tuned; batch norms share their statistics themselves
         gpu = [device.index] if device.type == "cuda" else None
-        parallel = forward = DistributedDataParallel(model, gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = forward = DistributedDataParallel(model, gpu, gradient_as_bucket_view=True)
     if run["compile"]:
         forward = torch.compile(forward)
     log, seen = Log(out, run, steps_per_epoch, at, rank), Seen(train_set, run)
@@ -636,9 +636,9 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
         skipped = [text for part in parts for text in part["skipped"]]
         at["failed"] += len(skipped)
         at["skipped"] = list(dict.fromkeys(at["skipped"] + skipped))
-        for part in parts:
-            if part["trouble"]:
-                raise RunError(part["trouble"])
+        troubles = dict.fromkeys(part["trouble"] for part in parts if part["trouble"])
+        if troubles:
+            raise RunError("; ".join(troubles))
         if at["failed"] > max(FAILURES * at["clips"], 10):
             few = f"{at['failed']} of {at['clips']} training videos cannot be read"
             raise RunError(f"{few}, more than {FAILURES:.0%}; the last: {at['skipped'][-1]}")
@@ -1063,12 +1063,12 @@ def introduce(run, model, data, place, out):
     """The recipe that the run uses, as run.json in its folder has it."""
     total, tunable = (n / 1e6 for n in common.count_parameters(model))
     apart = ("method", "data", "recipe", "model", "augment")
-    words = [f"{key} {plain(value)}" for key, value in run.items() if key not in apart and value not in (None, False)]
+    words = [f"{key}={plain(value)}" for key, value in run.items() if key not in apart and value not in (None, False)]
     words += [f"{key}={plain(value)}" for name in ("augment", "model") for key, value in run[name].items()]
     if run["lr_batch"]:
-        words.append(f"so that the rate is {peak_rate(run):g}")
+        words.append(f"peak_lr={peak_rate(run):g}")
     print(f"{run['method']} on {run['data']}, recipe {run['recipe']}, into {out}")
-    print(textwrap.fill(", ".join(words), 110, initial_indent="  ", subsequent_indent="  "))
+    print(textwrap.fill(" ".join(words), 110, initial_indent="  ", subsequent_indent="  "))
     print(
         f"  {len(data.train):,} videos to train on, {len(data.val):,} to evaluate on, {len(data.classes)} classes;",
         end=" ",

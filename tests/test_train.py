@@ -1,13 +1,16 @@
 """The training loop as its users meet it: real videos, real processes, wrong flags."""
 
 import csv
+import fcntl
 import json
 import os
 import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -89,7 +92,10 @@ def test_a_run_leaves_a_summary_a_log_and_a_small_checkpoint(trained):
     assert not any(name.startswith("vit.") and "ln_post" not in name for name in state(out))
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(checkpoint["run"]))
-    assert checkpoint["versions"]["torch"] == torch.__version__ and checkpoint["classes"] == ["grows", "shrinks"]
+    assert torch.__version__.startswith(checkpoint["versions"]["torch"]) and checkpoint["classes"] == [
+        "grows",
+        "shrinks",
+    ]
     frozen = common.load_clip("ViT-Toy-16", "shipped").conv1.weight.numel()
     tuned = sum(tensor.numel() for tensor in checkpoint["state"].values())
     kept = [entry for entry in checkpoint["optimizer"]["state"].values()]
@@ -98,7 +104,7 @@ def test_a_run_leaves_a_summary_a_log_and_a_small_checkpoint(trained):
 
 def test_a_run_says_what_it_is_about_to_do_and_shows_plain_lines_without_a_terminal(trained):
     _, done = trained
-    for words in ("aim on", "recipe toy", "lr 0.008", "epochs 2", "drop_path=0", "24 videos to train on", "2 classes"):
+    for words in ("aim on", "recipe toy", "lr=0.008", "epochs=2", "drop_path=0", "24 videos to train on", "2 classes"):
         assert words in done.stdout
     for words in ("step 3/6", "epoch 1/2", "loss ", "top-1 ", "clips/s", "% data wait", " GB", " left"):
         assert words in done.stdout
@@ -107,6 +113,7 @@ def test_a_run_says_what_it_is_about_to_do_and_shows_plain_lines_without_a_termi
 
 def test_a_terminal_gets_a_progress_bar(folder, tmp_path):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     command = [sys.executable, "train.py", *flags(folder, tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
@@ -191,16 +198,21 @@ def test_a_backbone_may_have_its_own_recipe_and_a_kernel_its_own_form():
         settings("--method st_adapter --data videos --set kernel=3,1")
 
 
+# Nothing depends on them, since a softmax or a batch norm takes them away again: their gradients are rounding errors,
+# which AdamW makes as large as any other. (And the mean that the batch norm behind them takes away.)
+CANCELS = ("k.fc2.bias", "in_proj_bias", "out_proj.bias", "mlp.2.bias", "stem.bias", "running_mean")
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]
 
 
-def train_as(rank, world, port, commands, reduced):
+def train_as(rank, world, ports, commands, reduced):
     """One of `world` processes: trains with each command line, logging every step; counts the gradients it reduces."""
     torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     train.LOG_EVERY = 1
 
     class Parallel(torch.nn.parallel.DistributedDataParallel):
@@ -210,7 +222,8 @@ def train_as(rank, world, port, commands, reduced):
             reduced.put((self._get_ddp_logging_data()["total_parameter_size_bytes"], 4 * tuned))
 
     train.DistributedDataParallel = Parallel
-    for argv in commands:
+    for port, argv in zip(ports, commands):
+        os.environ["MASTER_PORT"] = str(port)
         train.main(argv)
 
 
@@ -219,20 +232,14 @@ def test_two_processes_or_four_passes_train_as_one(folder, tmp_path):
     methods, commands = ("aim", "st_adapter", "zeroi2v", "side4video"), {}
     for name in ("one", "two", "four passes"):
         for method in methods:
-            more = ["--epochs", 1, "--batch-size", 4, "--method", method, "--set", "dropout=0", "--lr", "1e-3"]
+            more = ["--epochs", 1, "--batch-size", 4, "--method", method, "--set", "dropout=0", "--lr", "3e-4"]
             more += ["--accumulate", 4] if name == "four passes" else []
             commands.setdefault(name, []).append(flags(folder, tmp_path / name / method, *more))
     context = torch.multiprocessing.get_context("spawn")
-    reduced, starts = context.SimpleQueue(), dict(join=False, start_method="spawn")
-    runs = [
-        torch.multiprocessing.start_processes(
-            train_as, (1, 0, commands["one"] + commands["four passes"], reduced), 1, **starts
-        )
-    ]
-    runs.append(
-        torch.multiprocessing.start_processes(train_as, (2, free_port(), commands["two"], reduced), 2, **starts)
-    )
-    for processes in runs:
+    reduced = context.SimpleQueue()
+    jobs = [(train_as, (1, range(8), commands["one"] + commands["four passes"], reduced), 1)]
+    jobs += [(train_as, (2, [free_port() for _ in methods], commands["two"], reduced), 2)]
+    for processes in [torch.multiprocessing.start_processes(*job, join=False) for job in jobs]:
         while not processes.join():
             pass
     sizes = [reduced.get() for _ in range(2 * len(methods))]
@@ -245,7 +252,8 @@ def test_two_processes_or_four_passes_train_as_one(folder, tmp_path):
             there = tmp_path / other / method
             losses = [[line["loss"] for line in lines(out, "loss")] for out in (one, there)]
             assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-5)
-            assert_same_state(state(one), state(there), rtol=0, atol=1e-5)
+            a, b = ({k: v for k, v in state(out).items() if not k.endswith(CANCELS)} for out in (one, there))
+            assert_same_state(a, b, rtol=0, atol=1e-5)
             assert lines(there)[0]["videos"] == 8
             for table in ("val_classes.csv", "val_confusion.csv"):
                 assert (there / table).read_text() == (one / table).read_text()
@@ -371,10 +379,167 @@ def test_what_is_wrong_is_said_in_a_sentence_with_exit_code_2(trained, folder, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, capsys):
+KILLS = """
+import os, signal, sys, torch
+sys.path.insert(0, {root!r})
+import train
+torch.set_num_threads(1)
+train.LOG_EVERY = 2
+where, calls = {where!r}, 0
+
+def killed(function, at, half_written=False):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == at:
+            if half_written:
+                args[1].write(b"half of a checkpoint")
+                args[1].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+
+if where == "step":
+    train.warmup_cosine = killed(train.warmup_cosine, 6)
+elif where == "save":
+    torch.save = killed(torch.save, 2, half_written=True)
+elif where == "evaluation":
+    train.probabilities = killed(train.probabilities, 1)
+train.main({argv!r})
+"""
+
+
+def start(where, argv, **options):
+    code = KILLS.format(root=str(ROOT), where=where, argv=list(map(str, argv)))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes, **options)
+
+
+def test_killed_anywhere_a_resumed_run_ends_with_the_same_bits(folder, tmp_path):
+    """SIGKILL of real processes, in a step, half-way through a save, while evaluating; SIGTERM, Ctrl-C; then the end."""
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+
+    def argv(out):
+        return flags(folder, out, "--batch-size", 4, "--save-every", 0, "--set", "dropout=0.5", "drop_path=0.2")
+
+    done = start("nowhere", argv(whole))
+    for where in ("step", "save", "evaluation", "step"):
+        process = start(where, [*argv(out), "--resume"])
+        said = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, said
+        if (out / "checkpoint.pt").exists():
+            assert train.load(out / "checkpoint.pt")["progress"]["epoch"] < 2
+    process = start("nowhere", [*argv(out), "--resume"])
+    assert process.wait() == 0 and done.wait() == 0, process.stderr.read()
+    assert_same_state(state(out), state(whole))
+    assert train.load(out / "checkpoint.pt")["optimizer"]["state"][0]["step"] == 12
+    fixed = ("step", "epoch", "loss", "top1", "lr", "grad_norm", "train_loss", "train_top1", "videos")
+    logs = [[{k: line[k] for k in fixed if k in line} for line in lines(o, "epoch")] for o in (out, whole)]
+    assert logs[0] == logs[1] and len(logs[0]) == 6 + 2
+
+
+@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path, signum, workers):
+    """Also when it goes to every process of the group, as Ctrl-C does: the loaders live on."""
+    out = tmp_path / "run"
+    argv = flags(folder, out, "--epochs", 500, "--batch-size", 4, "--eval-every", 500, "--workers", workers)
+    process = start("nowhere", argv, start_new_session=True)
+    while not (out / "log.jsonl").exists() or not lines(out, "loss"):
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    time.sleep(0.5)
+    os.killpg(process.pid, signum)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    at = train.load(out / "checkpoint.pt")["progress"]
+    assert f"after step {at['step']} of epoch {at['epoch'] + 1}" in error and "Traceback" not in error
+    assert f"--out {out}" in error and error.rstrip().endswith("--resume")
+    steps = 6 * at["epoch"] + at["step"]
+    assert steps > 2 and train.load(out / "checkpoint.pt")["optimizer"]["state"][0]["step"] == steps
+
+
+def test_a_signal_while_evaluating_stops_and_what_was_trained_is_kept(folder, tmp_path, monkeypatch, capsys):
+    real = train.probabilities
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train, "probabilities", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(folder, tmp_path / "run"))
+    assert stop.value.code == 143 and "after step 3 of epoch 1" in capsys.readouterr().err
+    monkeypatch.setattr(train, "probabilities", real)
+    train.main(flags(folder, tmp_path / "run", "--resume"))
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_the_batch_size_of_an_epoch_that_has_begun_stays(folder, tmp_path, monkeypatch, capsys):
+    real = train.probabilities
+    monkeypatch.setattr(train, "probabilities", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
+    with pytest.raises(SystemExit):
+        train.main(flags(folder, tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(folder, tmp_path / "run", "--resume", "--batch-size", 4))
+    assert stop.value.code == 2 and "is of --batch-size 8, not 4: it stopped inside epoch 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_stops_at_once_and_names_step_and_clip(folder, tmp_path, processes):
+    """And keeps the last good checkpoint."""
+    out = tmp_path / "run"
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.LOG_EVERY = 2
+real, calls = train.F.cross_entropy, 0
+
+def broken(*args, **kwargs):
+    global calls
+    calls += 1
+    loss = real(*args, **kwargs)
+    return loss * torch.tensor([1.0, float("nan")]).repeat(len(loss) // 2) if calls == 5 else loss
+
+train.F.cross_entropy = broken
+train.main()
+"""
+    (tmp_path / "broken.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    argv = flags(folder, out, "--batch-size", 4, "--save-every", 0)
+    done = subprocess.run(
+        [*command, str(tmp_path / "broken.py"), *argv],
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "the loss is not finite at step 5 for" in done.stderr
+    clips = data.find_clips(str(folder)).train
+    run = dict(seed=0, batch_size=4, repeat=1)
+    order = train.epoch_order(run, 24, 0, train.Place(torch.device("cpu"), 0, 1, 0), 4)[16:20]
+    said = next(line for line in done.stderr.splitlines() if "not finite" in line)
+    assert [clips[i].path in said for i in order] == [False, True, False, True]
+    at = train.load(out / "checkpoint.pt")["progress"]
+    assert (at["epoch"], at["step"]) == (0, 4) and "checkpoint.pt" in done.stderr
+    assert all(tensor.isfinite().all() for tensor in state(out).values())
+
+
+def test_a_rate_that_is_too_large_stops_the_run(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags(folder, tmp_path / "run", "--lr", "1e30"))
-    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+    assert stop.value.code == 2 and "not finite at step" in capsys.readouterr().err
+
+
+def test_fp16_overflows_are_the_scalers_affair_and_counted(folder, tmp_path, monkeypatch):
+    """A scale that is too large by far: steps are left out until it has come down, and the log says how many."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **more: real(*args, init_scale=2.0**120, **more))
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    train.main(flags(folder, tmp_path / "run", "--precision", "fp16", "--epochs", 1))
+    overflows = [line["overflows"] for line in lines(tmp_path / "run", "loss")]
+    assert overflows == [1, 2, 3] and lines(tmp_path / "run")[0]["overflows"] == 3
+    before = train.build(train.load(tmp_path / "run" / "checkpoint.pt")["run"], 2, torch.device("cpu"))
+    assert_same_state(common.tuned_state(before), state(tmp_path / "run"))
 
 
 def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
