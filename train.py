@@ -486,24 +486,19 @@ class Seen:
             if event:
                 event.synchronize()
             self.coming.popleft()
-            self.clips, self.loss, self.right = (
-                self.clips + len(loss),
-                self.loss + loss.sum().item(),
-                self.right + right.sum().item(),
-            )
-            self.norm, finite = norm.item(), math.isfinite(norm)
-            bad = [
-                self.dataset.clips[i % len(self.dataset)].path for i, fine in zip(items, loss.isfinite()) if not fine
-            ]
-            if (
-                bad and not self.trouble
-            ):  # named is what the epoch asked for: a broken video's stand-in has no other name
-                few = ", ".join(bad[:8]) + f" and {len(bad) - 8} more" * (len(bad) > 8)
-                self.trouble = f"the loss is not finite at step {step} for {few}; try a smaller --lr, or bf16 for fp16"
-            elif not finite and self.scaled:
+            self.clips += len(loss)
+            self.loss += loss.sum().item()
+            self.right += int(right.sum())
+            self.norm = norm.item()
+            bad = [i for i, finite in zip(items, loss.isfinite()) if not finite]
+            if bad:  # named is what the epoch asked for: a broken video's stand-in goes by its name
+                paths = [self.dataset.clips[i % len(self.dataset)].path for i in bad]
+                few = ", ".join(paths[:8]) + f" and {len(paths) - 8} more" * (len(paths) > 8)
+                self.trouble = self.trouble or f"the loss is not finite at step {step} for {few}; try a smaller --lr"
+            elif not math.isfinite(self.norm) and self.scaled:
                 self.overflows += 1  # the scaler has left this step out, and halves its scale
-            elif not finite and not self.trouble:
-                self.trouble = f"the gradient is not finite at step {step}; try a smaller --lr, or --clip-grad 1"
+            elif not math.isfinite(self.norm):
+                self.trouble = self.trouble or f"the gradient is not finite at step {step}; try a smaller --lr"
 
     def take(self):
         """All of it, once the device is done -> plain values"""
@@ -518,22 +513,17 @@ class Log:
     """log.jsonl, and what is seen of a run: a bar on a terminal, elsewhere a line now and then. Process 0 writes."""
 
     def __init__(self, out, run, steps_per_epoch, at, rank):
-        self.run, self.steps, self.done = (
-            run,
-            run["epochs"] * steps_per_epoch,
-            at["epoch"] * steps_per_epoch + at["step"],
-        )
-        self.first, self.began, self.shown = self.done, time.monotonic(), -math.inf
-        self.file, hidden = None, None  # None: no bar where there is no terminal
+        self.run, self.steps = run, run["epochs"] * steps_per_epoch
+        self.first = self.done = at["epoch"] * steps_per_epoch + at["step"]
+        self.file, self.began, self.shown = None, time.monotonic(), -math.inf
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
             self.file = (out / "log.jsonl").open("ab")
             if self.file.tell() > at["log"]:
                 self.file.truncate(at["log"])  # what a killed run logged after its last checkpoint is done again
-        self.bar = tqdm(
-            total=self.steps, initial=self.done, disable=hidden if rank == 0 else True, unit="step", dynamic_ncols=True
-        )
+        hidden = None if rank == 0 else True  # None: no bar where there is no terminal
+        self.bar = tqdm(total=self.steps, initial=self.done, disable=hidden, unit="step", dynamic_ncols=True)
 
     def __enter__(self):
         return self
@@ -559,15 +549,24 @@ class Log:
         clips, loss, right, waited = (sum(part[key] for part in parts) for key in ("clips", "loss", "right", "waited"))
         if not (self.file and clips):
             return
-        seconds = parts[0]["seconds"]
-        line = dict(step=self.done, epoch=at["epoch"] + 1, loss=loss / clips, top1=100 * right / clips, lr=rate)
-        line |= dict(
-            grad_norm=parts[0]["norm"], clips_per_second=clips / seconds, data_wait=waited / len(parts) / seconds
+        seconds, norm = parts[0]["seconds"], parts[0]["norm"]
+        line = dict(
+            step=self.done,
+            epoch=at["epoch"] + 1,
+            loss=loss / clips,
+            top1=100 * right / clips,
+            lr=rate,
+            grad_norm=norm if math.isfinite(norm) else None,
+            clips_per_second=clips / seconds,
+            data_wait=waited / len(parts) / seconds,
+            memory_mb=memory_mb(device),
+            overflows=at["overflows"],
+            skipped=len(at["skipped"]),
         )
-        line |= dict(memory_mb=memory_mb(device), overflows=at["overflows"], skipped=len(at["skipped"]))
         self.write(line)
         where = f"epoch {line['epoch']}/{self.run['epochs']}, loss {line['loss']:.3f}, top-1 {line['top1']:.1f} %"
-        pace = f"{line['clips_per_second']:.3g} clips/s, {line['data_wait']:.0%} data wait, {line['memory_mb'] / 1024:.1f} GB"
+        pace = f"{line['clips_per_second']:.3g} clips/s, {line['data_wait']:.0%} data wait"
+        pace += f", {line['memory_mb'] / 1024:.1f} GB"
         self.bar.set_postfix_str(f"{where}, {pace}")
         now = time.monotonic()
         if self.bar.disable and now - self.shown > 30:
@@ -596,7 +595,7 @@ def memory_mb(device):
 
 
 def train(run, model, train_set, val_set, data, out, place, resumed=None):
-    """The loop -> (last evaluation, videos that were skipped). Writes run.json, log.jsonl and checkpoint.pt to `out`."""
+    """The loop -> (last evaluation, videos that were skipped); run.json, log.jsonl and checkpoint.pt go to `out`."""
     device, rank, world = place.device, place.rank, place.world
     micro = run["batch_size"] // (world * run["accumulate"])
     steps_per_epoch = len(train_set) * run["repeat"] // run["batch_size"]
@@ -652,6 +651,7 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
             share = micro * run["accumulate"]  # of a step's clips, this process's
             batches = iter(place.batches(train_set, order[share * at["step"] :], micro))
             saved = time.monotonic()
+            seen.reset()
             for i in range(at["step"], steps_per_epoch):
                 step = epoch * steps_per_epoch + i
                 torch.manual_seed((1_000_003 * run["seed"] + step) * 1009 + rank)  # a resumed run drops out the same
@@ -750,10 +750,14 @@ def tensors(checkpoint):
     return found
 
 
+def is_ours(checkpoint):
+    return {"run", "state", "classes"} <= checkpoint.keys()
+
+
 def load(path):
     """A checkpoint of ours."""
     checkpoint = read(path)
-    if not {"run", "state", "classes"} <= checkpoint.keys():
+    if not is_ours(checkpoint):
         raise ValueError(f"{path} is not a checkpoint of train.py; --init reads those of the methods' authors")
     checkpoint["run"] = {**DEFAULTS, **checkpoint["run"]}  # an older one lacks newer settings
     return checkpoint
@@ -774,7 +778,7 @@ def start_from(path, run, args, classes, device):
     With other classes than `classes`, the classifier is new. ValueError if the rest does not fit.
     """
     checkpoint = read(path)
-    ours = {"run", "state", "classes"} <= checkpoint.keys()
+    ours = is_ours(checkpoint)
     head = next((t for k, t in tensors(checkpoint).items() if re.search(r"(^|\.)(head|fc|fc_cls)\.weight$", k)), None)
     if head is None:
         raise ValueError(f"{path} has no classifier among its keys: neither ours nor one of the authors' checkpoints")
@@ -804,9 +808,9 @@ def start_from(path, run, args, classes, device):
 
 
 def settings_to_start_from(path, args):
-    """`settings`, where the method is the checkpoint's; one of ours also brings its backbone and the method's keywords."""
+    """`settings` for the checkpoint's method; one of ours also brings its backbone and the method's keywords."""
     checkpoint = read(path)
-    if {"run", "state", "classes"} <= checkpoint.keys():
+    if is_ours(checkpoint):
         theirs = {**DEFAULTS, **checkpoint["run"]}
         refuse(path, theirs, args, ("method", "backbone", "num_frames", "image_size"), "--init takes over its shape")
         args.method = theirs["method"]
@@ -969,6 +973,9 @@ def check_resumable(path, checkpoint, args):
 def setting(args, out):
     """What the command line and a checkpoint say together -> (run, checkpoint or None)"""
     path = out / "checkpoint.pt" if args.resume else args.checkpoint
+    if args.eval and args.init and is_ours(read(Path(args.init))):
+        path = args.checkpoint = Path(args.init)
+        args.init = None
     if args.resume and not path.exists():
         print(f"{path} is not there yet: the run begins from the start")
         path = None

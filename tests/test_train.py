@@ -19,7 +19,6 @@ import open_clip
 import pytest
 import torch
 
-import aim
 import common
 import data
 import train
@@ -180,6 +179,104 @@ def test_recomputing_trains_to_the_same_weights(method, folder, tmp_path):
     assert_same_state(state(tmp_path / "kept"), state(tmp_path / "redone"), rtol=1e-4, atol=1e-5)
 
 
+PAPERS = {  # method, data, backbone: epochs, warm-up, batch, rate at that batch, decay, smoothing, span, views, repeat
+    ("aim", "k400", "ViT-B-16"): (30, 3, 64, 3e-4, 0.05, 0.0, 128, (3, 1), 1),
+    ("aim", "k700", "ViT-L-14"): (30, 3, 64, 3e-4, 0.05, 0.0, 128, (3, 1), 1),
+    ("aim", "ssv2", "ViT-B-16"): (50, 3, 64, 3e-4, 0.05, 0.1, 0, (1, 3), 1),
+    ("aim", "diving48", "ViT-L-14"): (50, 3, 64, 3e-4, 0.05, 0.0, 0, (1, 1), 1),
+    ("st_adapter", "k400", "ViT-B-16"): (12, 2, 192, 7.5e-4, 0.01, 0.0, 128, (3, 1), 1),
+    ("st_adapter", "ssv2", "ViT-B-16"): (50, 2, 256, 1e-3, 0.01, 0.0, 0, (1, 3), 1),
+    ("zeroi2v", "k400", "ViT-L-14"): (40, 2.5, 64, 3e-4, 0.05, 0.0, 128, (3, 1), 1),
+    ("zeroi2v", "ssv2", "ViT-B-16"): (50, 2.5, 64, 3e-4, 0.05, 0.1, 0, (1, 3), 1),
+    ("side4video", "k400", "ViT-B-16"): (30, 4, 256, 1e-3, 0.15, 0.1, 0, (4, 3), 1),
+    ("side4video", "k400", "EVA02-E-14"): (20, 4, 128, 1e-4, 0.15, 0.1, 0, (4, 3), 1),
+    ("side4video", "ssv1", "ViT-B-16"): (40, 4, 128, 1e-3, 0.15, 0.1, 0, (2, 3), 2),
+    ("side4video", "ssv1", "EVA02-E-14"): (30, 6, 64, 1e-4, 0.15, 0.1, 0, (2, 3), 2),
+    ("side4video", "ssv2", "ViT-L-14"): (30, 4, 128, 1e-4, 0.15, 0.1, 0, (2, 3), 2),
+}
+AUGMENT = {
+    ("aim", "k400", "ViT-B-16"): dict(crop=(0.08, 1.0), flip=0.5),
+    ("aim", "ssv2", "ViT-B-16"): dict(crop=(0.08, 1.0), randaugment=dict(num_ops=4, magnitude=7), erasing=0.25),
+    ("st_adapter", "k400", "ViT-B-16"): dict(short_side=(1.0, 1.15), flip=0.5),
+    ("zeroi2v", "k400", "ViT-L-14"): dict(crop=(0.08, 1.0), flip=0.5, randaugment=dict(num_ops=4, magnitude=7)),
+    ("side4video", "k400", "ViT-B-16"): dict(crop=(0.08, 1.0), flip=0.5, gray=0.2),
+}
+
+
+@pytest.mark.parametrize("key", PAPERS, ids=" ".join)
+def test_the_flags_pick_the_papers_whole_recipe(key):
+    method, name, backbone = key
+    run = train.settings(train.parse(["--method", method, "--data", name, "--backbone", backbone]))
+    found = [run[k] for k in ("epochs", "warmup_epochs", "batch_size")] + [train.peak_rate(run)]
+    found += [run[k] for k in ("weight_decay", "label_smoothing", "span", "views", "repeat")]
+    assert tuple(found) == PAPERS[key]
+    assert run["augment"] == AUGMENT.get(key, run["augment"])
+
+
+def test_adapters_and_head_offsets_follow_data_backbone_and_frames():
+    def model(text):
+        run = train.settings(train.parse([*text.split(), "--pretrained", "none"]))
+        with torch.device("meta"):
+            return train.METHODS[run["method"]][0](
+                common.ViT(**common.B16), 400, num_frames=run["num_frames"], **run["model"]
+            )
+
+    assert model("--method aim --data ssv2").adapters["0"].drop_path.p == 0.0
+    assert model("--method aim --data k400").adapters["11"].drop_path.p == 0.2
+    assert "temporal_in.fc1.weight" in model("--method aim --data ssv2").adapters["0"].state_dict()
+    assert "attn" in model("--method st_adapter --data ssv2").adapters[0]
+    assert "attn" not in model("--method st_adapter --data k400").adapters[0]
+    for text, adapters, offsets in (
+        ("--data ssv2 --frames 8", 6, [-1, 1]),
+        ("--data ssv2 --frames 16", 4, [-1, 1, -2, 2]),
+        ("--data k400 --frames 16", 4, [-1, 1, 2]),
+        ("--data k400 --frames 32", 4, [-1, 1, -2, 2, 3]),
+    ):
+        block = model(f"--method zeroi2v {text}").blocks[0]
+        assert len(block.adapters) == adapters
+        assert sorted(dt for dt, _ in block.groups if dt) == sorted(offsets)
+
+
+def test_the_rate_follows_the_batch_where_the_paper_has_it_so():
+    def rate(text):
+        return train.peak_rate(train.settings(train.parse(text.split())))
+
+    assert rate("--method st_adapter --data k400 --batch-size 64") == pytest.approx(2.5e-4)
+    assert rate("--method st_adapter --data k400 --batch-size 64 --lr 1e-3") == 1e-3
+    assert rate("--method aim --data k400 --batch-size 8") == 3e-4
+    assert rate("--method aim --data k400 --batch-size 8 --lr-batch 64") == pytest.approx(3.75e-5)
+
+
+def test_augmentation_can_be_overridden():
+    base = "--method aim --data ssv2 --augment crop=0.5x1 randaugment=none erasing=0 gray=0.2"
+    assert train.settings(train.parse(base.split()))["augment"] == dict(crop=(0.5, 1.0), erasing=0.0, gray=0.2)
+    assert train.settings(train.parse(["--method", "aim", "--data", "ssv2"]))["augment"]["erasing"] == 0.25
+    base = "--method aim --data k400 --augment randaugment=2x9"
+    assert train.settings(train.parse(base.split()))["augment"]["randaugment"] == dict(num_ops=2, magnitude=9.0)
+
+
+def test_help_is_grouped_and_has_the_papers_values_as_defaults(capsys):
+    def text(argv):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*argv.split(), "--help"])
+        assert stop.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    shown = text("--method side4video --data ssv2 --backbone ViT-L-14")
+    for words in ("what to do:", "data:", "model:", "recipe:", "device:"):
+        assert words in shown
+    for words in ("AdamW (default: 0.0001)", "(default: 30)", "0.15)", "width=512", "(repeated sampling) (default: 2)"):
+        assert words in shown
+    assert "AdamW (default: 0.0003)" in text("") and "crop=0.08x1 flip=0.5" in text("")
+    settings = set(train.DEFAULTS) - {"model", "augment", "quick_gelu"} | {
+        "epochs",
+        "warmup_epochs",
+        "lr",
+        "batch_size",
+    }
+    assert all(f"--{name.replace('_', '-')}" in shown for name in settings)
+
+
 def test_a_backbone_may_have_its_own_recipe_and_a_kernel_its_own_form():
     def settings(text):
         return train.settings(train.parse(text.split()))
@@ -333,7 +430,10 @@ def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
         ("--method aim --data FOLDER --recipe toy --device gpu", "invalid choice: 'gpu'"),
         ("--method aim --data FOLDER --recipe toy --split test", "--split goes with --eval"),
         ("--method aim --data FOLDER --recipe toy --out TEXT", "is a file"),
-        ("--method aim --data FOLDER --out RUN --resume --weight-decay 0", "begun with weight_decay 0.05, not 0.0"),
+        (
+            "--method aim --data FOLDER --out RUN --resume --weight-decay 0",
+            "is of --weight-decay 0.05, not 0.0: --resume cannot",
+        ),
         ("--method aim --data FOLDER --out RUN --resume --epochs 1", "has done 2 already"),
         ("--method aim --data FOLDER --out RUN --resume --set ratio=0.5", "begun with model"),
         ("--eval --checkpoint TRAINED --set ratio=0.5", "--set is fixed by the checkpoint"),
@@ -341,16 +441,29 @@ def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
         ("--method aim --data FOLDER --recipe toy --set blocks=some", "every second"),
         ("--method aim --data FOLDER --recipe toy --batch-size 1000", "do not fill a batch"),
         ("--method aim --data FOLDER --recipe toy --batch-size 8 --accumulate 3", "no multiple"),
-        ("--method aim --data FOLDER --resume", "there is no run"),
+        (
+            "--method aim --data FOLDER --out RUN --resume --backbone ViT-S-32",
+            "is of --backbone ViT-Toy-16, not ViT-S-32",
+        ),
+        ("--method zeroi2v --data FOLDER --out RUN --resume", "is of --method aim, not zeroi2v"),
+        ("--method aim --data FOLDER --recipe toy --augment crop=1", "--augment crop=1: write crop=AxB"),
+        ("--method aim --data FOLDER --recipe toy --augment zoom=1", "--augment zoom=1: write crop=AxB"),
+        ("--method aim --data FOLDER --init WEIGHTS", "neither a checkpoint of train.py nor one that the authors"),
+        ("--method zeroi2v --data FOLDER --init TRAINED", "is of --method aim, not zeroi2v"),
+        ("--data FOLDER --init TRAINED --backbone ViT-B-32", "is of --backbone ViT-Toy-16, not ViT-B-32"),
+        ("--data FOLDER --init nothing.pt", "there is no checkpoint"),
+        ("--eval --init TRAINED --checkpoint TRAINED", "use one"),
+        ("--eval --init TRAINED --data FOUR", "knows 2 classes, which are not the 4"),
+        ("--predict CLIP.mp4 --init TRAINED", "need --checkpoint"),
         ("--method aim --data FOLDER --recipe toy --device cuda", "finds no GPU"),
         ("--method aim --data FOLDER --recipe toy --num-frames 17 --out OUT", "16 training videos in a row"),
         ("--eval", "need --checkpoint"),
         ("--eval --checkpoint nothing.pt", "there is no checkpoint"),
         ("--eval --checkpoint WEIGHTS", "is not a checkpoint of train.py"),
-        ("--eval --checkpoint TEXT", "is not a checkpoint of train.py"),
+        ("--eval --checkpoint TEXT", "is not a checkpoint, or it is damaged"),
         ("--eval --checkpoint TRAINED --data FOUR", "2 classes"),
-        ("--eval --checkpoint TRAINED --method linear_probe", "is of --method aim"),
-        ("--eval --checkpoint TRAINED --backbone ViT-S-32 --pretrained none", "does not fit"),
+        ("--eval --checkpoint TRAINED --method linear_probe", "is of --method aim, not linear_probe"),
+        ("--eval --checkpoint TRAINED --backbone ViT-S-32 --pretrained none", "is of --backbone ViT-Toy-16"),
         ("--eval --checkpoint TRAINED --split test", "no test split"),
         ("--predict nothing.mp4 --checkpoint TRAINED", "no such file"),
         ("--method aim --data FOLDER --recipe toy --out RUN", "holds a run already"),
@@ -376,7 +489,7 @@ def test_what_is_wrong_is_said_in_a_sentence_with_exit_code_2(trained, folder, t
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and "Traceback" not in error
     assert len(error.strip().splitlines()[-1]) < 400
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
 KILLS = """
@@ -416,7 +529,7 @@ def start(where, argv, **options):
 
 
 def test_killed_anywhere_a_resumed_run_ends_with_the_same_bits(folder, tmp_path):
-    """SIGKILL of real processes, in a step, half-way through a save, while evaluating; SIGTERM, Ctrl-C; then the end."""
+    """SIGKILL of real processes: in a step, half-way through a save, while evaluating; then the end."""
     whole, out = tmp_path / "whole", tmp_path / "killed"
 
     def argv(out):
@@ -522,6 +635,88 @@ train.main()
     at = train.load(out / "checkpoint.pt")["progress"]
     assert (at["epoch"], at["step"]) == (0, 4) and "checkpoint.pt" in done.stderr
     assert all(tensor.isfinite().all() for tensor in state(out).values())
+
+
+def golden_config(golden, name):
+    """A golden file's tower under a name of open_clip, its checkpoint's method's keywords -> flags"""
+    c = golden["config"]
+    vision = dict(image_size=c["resolution"], patch_size=c["patch"], width=c["width"], layers=c["layers"])
+    vision["head_width"] = c["width"] // c["heads"]
+    text = dict(context_length=8, vocab_size=8, width=32, heads=2, layers=1)
+    return dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
+
+
+RELEASED = {
+    "aim_k400": ("aim", ""),
+    "aim_ssv2": ("aim", "temporal_in=true"),
+    "st_adapter_3x3x3": ("st_adapter", "bottleneck=12 kernel=3x3x3 before_attention=true"),
+    "st_adapter_k400": ("st_adapter", "bottleneck=12"),
+    "zeroi2v_16f": ("zeroi2v", "offsets=-1,1,-2,2"),
+    "zeroi2v_6adapters": ("zeroi2v", "offsets=-1,1 scale=1 adapt=q,k,v,o,up,down"),
+    "side4video": ("side4video", "width=64"),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_init_takes_the_authors_checkpoints_by_their_keys(name, tmp_path, monkeypatch):
+    method, switches = RELEASED[name]
+    golden = torch.load(ROOT / "tests" / "golden" / f"{name}.pt", weights_only=True)
+    (tmp_path / "ViT-B-Golden.json").write_text(json.dumps(golden_config(golden, name)))
+    open_clip.add_model_config(tmp_path)
+    torch.save(golden["checkpoint"], tmp_path / "released.pth")
+    c = golden["config"]
+    argv = f"--data k400 --init {tmp_path}/released.pth --backbone ViT-B-Golden --pretrained none --device cpu"
+    args = train.parse(
+        [*argv.split(), "--frames", str(c["num_frames"]), *(["--set", *switches.split()] if switches else [])]
+    )
+    run = train.settings_to_start_from(Path(args.init), args)
+    assert run["method"] == method and run["quick_gelu"]
+    model = train.start_from(Path(args.init), run, args, list("abcde"), torch.device("cpu")).eval()
+    torch.testing.assert_close(model(golden["video"]), golden["logits"], atol=1e-4, rtol=0)
+    assert run["pretrained"] is None  # its own backbone must go into our checkpoint
+    new = train.start_from(Path(args.init), run, args, list("abc"), torch.device("cpu")).eval()
+    assert new(golden["video"]).shape[1] == 3
+    torch.testing.assert_close(new.features(golden["video"]), golden["features"], atol=1e-4, rtol=0)
+
+
+def test_init_goes_on_from_ours_and_says_when_the_classifier_is_new(trained, folder, tmp_path, capsys):
+    checkpoint = trained[0] / "checkpoint.pt"
+    again = train.main(
+        ["--eval", "--init", str(checkpoint), "--data", str(folder), "--workers", "0", "--out", str(tmp_path)]
+    )
+    assert again["top1"] == pytest.approx(lines(trained[0])[-1]["top1"])
+    three = tmp_path / "three"
+    for split in ("train", "val"):
+        for name, there in zip("xyz", ("grows", "shrinks", "grows")):
+            (three / split / name).mkdir(parents=True)
+            for clip in (folder / split / there).iterdir():
+                (three / split / name / clip.name).symlink_to(clip)
+    argv = flags(three, tmp_path / "run", "--epochs", 1, "--init", checkpoint, "--lr", "1e-9")
+    del argv[:2]  # the checkpoint knows the method
+    train.main(argv)
+    assert "knows 2 classes, which are not the 3" in capsys.readouterr().out
+    ours, theirs = state(tmp_path / "run"), state(trained[0])
+    assert len(ours["head.weight"]) == 3 and ours.keys() == theirs.keys()
+    for key in set(ours) - {"head.weight", "head.bias"}:
+        torch.testing.assert_close(ours[key], theirs[key], atol=1e-6, rtol=0)
+    assert train.load(tmp_path / "run" / "checkpoint.pt")["run"]["init"] == str(checkpoint)
+
+
+def test_accuracy_by_class_and_confusion_are_tables(trained, tmp_path):
+    out, _ = trained
+    train.main(
+        ["--eval", "--checkpoint", str(out / "checkpoint.pt"), "--workers", "0", "--out", str(tmp_path / "tables")]
+    )
+    for place in (out, tmp_path / "tables"):
+        with open(place / "val_classes.csv", newline="") as file:
+            classes = list(csv.DictReader(file))
+        with open(place / "val_confusion.csv", newline="") as file:
+            header, *rows = csv.reader(file)
+        assert [row["class"] for row in classes] == header[1:] == [row[0] for row in rows] == ["grows", "shrinks"]
+        counts = torch.tensor([[int(cell) for cell in row[1:]] for row in rows])
+        assert counts.sum(1).tolist() == [int(row["videos"]) for row in classes] == [4, 4]
+        assert [float(row["top1"]) for row in classes] == [25.0 * n for n in counts.diag().tolist()]
+        assert 100 * counts.diag().sum() / 8 == lines(out)[-1]["top1"]
 
 
 def test_a_rate_that_is_too_large_stops_the_run(folder, tmp_path, capsys):
