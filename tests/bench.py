@@ -1,24 +1,32 @@
 """Benchmarks, as commands.
 
-    python tests/bench.py train                      step time of every method beside the plain ViT's, in the same run
-    python tests/bench.py train --method aim --batch-size 4 --precision bf16
+    python tests/bench.py train                      a training step of every method beside the plain ViT's
+    python tests/bench.py train --method aim --batch-size 4 --precision fp32 bf16 --no-compile
     python tests/bench.py decode CLIP...             8 frames of 224 from each clip: ours, PyAV, decord, torchcodec
 
-A step is forward, backward and AdamW on random clips; the variants take turns, and medians are compared. Decoding is
-counted in the CPU time of one core; decord and torchcodec take part where they are installed, in their own processes.
+A step is train.py's: uint8 clips (random ones) to floats, forward, loss, backward, fused AdamW. `of ViT` is its time
+beside the plain ViT's own forward and backward, all weights with gradients; `of products` beside its matrix products
+alone: the same shapes as bare torch.mm, forward and backward. Each variant has a process of its own, for its memory;
+on a CPU, whose speed wanders, they take turns and neighbours in time are compared. MFU is of the GPU's dense peak.
+Decoding is counted in the CPU time of one core; decord and torchcodec take part where they are installed.
 """
 
 import argparse
+import collections
 import multiprocessing
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from operator import truediv
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,56 +35,166 @@ import data
 import train
 
 ADAPTED = ("aim", "st_adapter", "zeroi2v", "side4video")
+PEAKS = {  # dense TFLOP/s in half precision, by a part of the GPU's name, as the makers print them
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "RTX 4090": 165,
+    "V100": 125, "T4": 65,
+}  # fmt: skip
 
 
-def stepper(method, args, device, redo=False):
-    """A function that takes one training step of a method on random clips and waits for its end."""
-    cls, recipes = train.METHODS[method]
-    keywords = recipes[args.recipe].get("model", {}) if args.recipe in recipes else {}
-    model = cls(common.ViT(**getattr(common, args.backbone)), 400, num_frames=args.frames, **keywords).to(device)
-    if redo:
+class Products(TorchDispatchMode):
+    """Counts the shapes of the matrix products that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        factors = {torch.ops.aten.mm.default: args[:2], torch.ops.aten.addmm.default: args[1:3]}.get(function)
+        if factors:
+            self.shapes[(*factors[0].shape, factors[1].shape[1])] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def stepper(method, variant, precision, args):
+    """-> a function that takes one training step, and the step's products and FLOPs as eager PyTorch has them"""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    cls, recipes = train.METHODS["finetune" if variant == "plain ViT" else method]
+    keywords = recipes[args.recipe].get("model", {})
+    clip = common.ViT(**getattr(common, args.backbone), quick_gelu=True)
+    model = cls(clip, 400, num_frames=args.frames, **keywords).to(device).train()
+    run = dict(precision=precision, weight_decay=0.05, temporal_lr=1.0)
+    if variant == "--recompute":
         common.recompute(model)
-    if device.type == "cuda" and args.precision != "fp32":
-        common.cast_frozen(model, train.DTYPES[args.precision])
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
-    video = torch.randn(args.batch_size, args.frames, 3, 224, 224, device=device)
-    run = {"precision": args.precision}
+    if precision != "fp32":
+        common.cast_frozen(model, train.DTYPES[precision])
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, run), lr=1e-6, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    forward = torch.compile(model) if variant == "--compile" else model
+    video = torch.randint(256, (args.batch_size, args.frames, 3, 224, 224), dtype=torch.uint8, device=device)
+    label = torch.randint(400, (args.batch_size,), device=device)
+
+    def forward_backward(forward):
+        with train.autocast(run, device):
+            loss = F.cross_entropy(forward(common.normalize(video, model.vit)).float(), label)
+        scaler.scale(loss).backward()
 
     def step():
-        with train.autocast(run, device):
-            loss = model(video).float().square().mean()
-        loss.backward()
-        optimizer.step()
+        forward_backward(forward)
+        if variant != "plain ViT":
+            scaler.step(optimizer)
+            scaler.update()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    with Products() as products, FlopCounterMode(display=False) as flops:
+        forward_backward(model)
+    optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return step, products.shapes, flops.get_total_flops()
+
+
+STEP = None  # of the process of a variant
+
+
+def set_up(*what):
+    global STEP
+    STEP, shapes, flops = stepper(*what)
+    STEP()
+    return shapes, flops
+
+
+def set_up_products(shapes, precision):
+    global STEP
+    sizes = {shape: (shape[:2], shape[1:]) for shape in shapes}
+    factors = {shape: [torch.randn(s, dtype=train.DTYPES[precision]) for s in two] for shape, two in sizes.items()}
+
+    def products():
+        for shape, times in shapes.items():
+            for _ in range(times):
+                torch.mm(*factors[shape])
+
+    STEP = products
+    STEP()
+
+
+def take_step():
+    began = time.perf_counter()
+    STEP()
+    return time.perf_counter() - began
+
+
+def peak_gib():
+    return train.memory_mb(torch.device("cuda" if torch.cuda.is_available() else "cpu")) / 1024
 
 
 def time_steps(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {"plain ViT, all weights": stepper("finetune", args, device)}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    args.turns, args.batch_size = args.turns or (20 if gpu else 5), args.batch_size or (32 if gpu else 1)
+    variants = ["plain ViT", "", "--recompute"] + ["--compile"] * args.compile
+    peak = next((tflops for name, tflops in PEAKS.items() if name in (gpu or "")), None)
+    print(
+        f"{args.backbone}, a step of {args.batch_size} clips of {args.frames} frames, {gpu or 'CPU'}, {args.turns} turns"
+    )
+    columns = ("s a step", "clips/s", "peak GiB", "of ViT", "of products", "MFU")
+    print(f"{'':36}", *(f"{column:>11}" for column in columns), flush=True)
     for method in args.method:
-        steps[method] = stepper(method, args, device)
-        steps[f"{method} --recompute"] = stepper(method, args, device, redo=True)
-    seconds = {name: [] for name in steps}
-    for turn in range(args.turns + 1):  # the first warms up
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    plain = statistics.median(seconds["plain ViT, all weights"])
-    print(f"{args.backbone}, {args.batch_size} clips of {args.frames} frames, {args.precision}, {device}")
-    print(f"{'':28}{'s a step':>10}{'of plain ViT':>14}{'of kept':>10}")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        kept = seconds[name.removesuffix(" --recompute")]
-        # Neighbours in time are compared, since a machine's speed wanders.
-        ratio = statistics.median(a / b for a, b in zip(times, kept))
-        print(f"{name:28}{median:10.3f}{median / plain:14.2f}{ratio:10.2f}")
+        for precision in args.precision or default_precisions(gpu):
+            seconds, memory, flops = time_variants(variants, method, precision, args)
+            for variant, times in seconds.items():
+                if variant == "products":
+                    continue
+                # Neighbours in time, since a machine's speed wanders.
+                beside = {n: statistics.median(map(truediv, times, seconds[n])) for n in seconds if n in BESIDE}
+                cells = [statistics.median(times), args.batch_size / statistics.median(times), memory[variant]]
+                cells += [beside["plain ViT"], beside.get("products"), None]
+                if variant == "plain ViT":
+                    cells[4] = None
+                elif peak and precision != "fp32":
+                    cells[5] = flops / cells[0] / peak / 1e12
+                label = f"plain ViT, {precision}" if variant == "plain ViT" else f"{method}, {precision} {variant}"
+                print(f"{label:36}", *(f"{'-' if c is None else f'{c:.3f}':>11}" for c in cells), flush=True)
+
+
+BESIDE = ("plain ViT", "products")
+
+
+def time_variants(variants, method, precision, args):
+    """-> {variant: seconds of each turn}, {variant: peak GiB}, FLOPs of the method's step as eager PyTorch has them"""
+    spawn, pools, seconds, memory = multiprocessing.get_context("spawn"), {}, collections.defaultdict(list), {}
+
+    def start(name, *what):
+        pools[name] = ProcessPoolExecutor(1, mp_context=spawn)
+        return pools[name].submit(*what).result()
+
+    def take_turns(names):
+        for _ in range(args.turns):
+            for name in names:
+                seconds[name].append(pools[name].submit(take_step).result())
+        for name in names:
+            memory[name] = pools[name].submit(peak_gib).result()
+            pools.pop(name).shutdown()
+
+    for variant in variants:
+        shapes, count = start(variant, set_up, method, variant, precision, args)
+        if variant == "":
+            flops = count
+            if not torch.cuda.is_available():
+                start("products", set_up_products, shapes, precision)
+        if torch.cuda.is_available():  # one after the other: each has the GPU's memory to itself
+            take_turns([variant])
+    take_turns(list(pools))
+    return seconds, memory, flops
+
+
+def default_precisions(gpu):
+    """A CPU without units for bf16 takes minutes a step in it; ask for it with --precision."""
+    if gpu:
+        return ["bf16", "fp16", "fp32"]
+    cpu = Path("/proc/cpuinfo")
+    return ["fp32"] + ["bf16"] * (cpu.exists() and "bf16" in cpu.read_text())
 
 
 def ours(path, numbers):
@@ -157,9 +275,12 @@ def main():
     steps.add_argument("--backbone", choices=("B16", "L14"), default="B16")
     steps.add_argument("--recipe", default="k400")
     steps.add_argument("--frames", type=int, default=8)
-    steps.add_argument("--batch-size", type=int, default=1)
-    steps.add_argument("--precision", choices=train.DTYPES, default="fp32")
-    steps.add_argument("--turns", type=int, default=5)
+    steps.add_argument("--batch-size", type=int, help="(default: 32 on a GPU, 1 on a CPU)")
+    steps.add_argument(
+        "--precision", nargs="+", choices=train.DTYPES, help="(default: all that the machine is made for)"
+    )
+    steps.add_argument("--no-compile", dest="compile", action="store_false", help="compiling takes minutes")
+    steps.add_argument("--turns", type=int)
     decode = what.add_parser("decode", help="reading frames")
     decode.add_argument("clips", nargs="+", type=Path)
     decode.add_argument("--turns", type=int, default=9)

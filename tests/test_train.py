@@ -551,6 +551,37 @@ def test_killed_anywhere_a_resumed_run_ends_with_the_same_bits(folder, tmp_path)
     assert logs[0] == logs[1] and len(logs[0]) == 6 + 2
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(folder, tmp_path, kills=12):
+    rng = np.random.default_rng(0)
+
+    def argv(out):
+        return flags(folder, out, "--epochs", 40, "--batch-size", 4, "--save-every", 0, "--set", "dropout=0.5")
+
+    whole = start("nowhere", argv(tmp_path / "whole"))
+    assert whole.wait() == 0, whole.stderr.read()
+    out, moments = tmp_path / "killed", []
+    while True:
+        process = start("nowhere", [*argv(out), "--resume"])
+        while process.poll() is None and "videos to train on" not in process.stdout.readline():
+            pass
+        if len(moments) == kills:
+            break
+        time.sleep(rng.uniform(0, 1.5))
+        assert process.poll() is None, process.stderr.read()
+        process.kill()
+        process.wait()
+        at = train.load(out / "checkpoint.pt")["progress"] if (out / "checkpoint.pt").exists() else {}
+        moments.append((at.get("epoch", 0), at.get("step", 0)))
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    print("killed when the checkpoint was at (epoch, step)", *moments)
+    assert moments == sorted(moments) and moments[-1] > (0, 0)
+    assert_same_state(state(out), state(tmp_path / "whole"))
+    steps = [[line["step"] for line in lines(o, "loss")] for o in (out, tmp_path / "whole")]
+    assert steps[0] == steps[1] == list(range(2, 241, 2))
+
+
 @pytest.mark.parametrize(("signum", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path, signum, workers):
     """Also when it goes to every process of the group, as Ctrl-C does: the loaders live on."""
