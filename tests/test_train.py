@@ -179,6 +179,16 @@ def test_recomputing_trains_to_the_same_weights(method, folder, tmp_path):
     assert_same_state(state(tmp_path / "kept"), state(tmp_path / "redone"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_steps_train_to_the_same_weights(folder, tmp_path):
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        argv = flags(folder, tmp_path / name, "--epochs", 1, "--set", "dropout=0", "--lr", "1e-3", *more)
+        done = run(*argv)
+        assert done.returncode == 0, done.stderr
+    assert_same_state(state(tmp_path / "eager"), state(tmp_path / "compiled"), rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "compiled" / "run.json").read_text())["compile"]
+
+
 PAPERS = {  # method, data, backbone: epochs, warm-up, batch, rate at that batch, decay, smoothing, span, views, repeat
     ("aim", "k400", "ViT-B-16"): (30, 3, 64, 3e-4, 0.05, 0.0, 128, (3, 1), 1),
     ("aim", "k700", "ViT-L-14"): (30, 3, 64, 3e-4, 0.05, 0.0, 128, (3, 1), 1),
