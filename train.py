@@ -29,8 +29,8 @@ import shlex
 import signal
 import sys
 import textwrap
-import threading
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,19 +86,29 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; what it did is saved."""
+    """Signals asked the run to stop, and it is saved. Arguments: how far it is, the signals that each process got."""
 
 
 # ---- The command line
 
 
 def natural(text, least=0):
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be {least} or more")
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, not {text!r}")
     return int(text)
 
 
-number = partial(natural, least=1)
+def number(text):
+    return natural(text, least=1)
+
+
+def real(text):
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number, 0 or more, not {text!r}")
 
 
 def parse(argv):
@@ -121,17 +131,16 @@ def parse(argv):
     as_is = argparse.RawDescriptionHelpFormatter
     usage = "python train.py --method NAME --data DATA [...]; --help has the rest"
     p = argparse.ArgumentParser(usage=usage, description=text, formatter_class=as_is, allow_abbrev=False)
-    p.set_defaults(split="val")
 
     def flag(group, names, text, default=None, **more):
         """A flag, whose default stands in its help only, so that what was given can be told."""
         key = names.split()[0].removeprefix("--").replace("-", "_")
         default = shown.get(key) if default is None and shown.get(key) is not False else default
         text += f" (default: {plain(default)})" if default not in (None, "") else ""
-        group.add_argument(*names.split(), help=text.replace("%", "%%"), **more)
+        group.add_argument(*names.split(), help=text.replace("%", "%%"), default=None, **more)
 
     job = p.add_argument_group("what to do")
-    flag(job, "--method", "train this method", choices=METHODS)
+    flag(job, "--method", "train this method", "", choices=METHODS)
     flag(job, "--eval", "evaluate --checkpoint, or --init, instead", action="store_true")
     flag(job, "--predict", "name the five likeliest classes by --checkpoint", nargs="+", metavar="VIDEO")
     flag(job, "--checkpoint", "the checkpoint.pt to evaluate or to predict with", type=Path)
@@ -166,54 +175,74 @@ def parse(argv):
     text = f"whose settings to start from: {', '.join(key for key in METHODS[known.method][1] if ' ' not in key)}"
     flag(recipe, "--recipe", text, shown["recipe"])
     flag(recipe, "--epochs", "passes over the training videos", type=number)
-    flag(recipe, "--warmup-epochs", "a line from 0 to the peak, then a cosine to 0, both by step", type=float)
+    flag(recipe, "--warmup-epochs", "a line from 0 to the peak, then a cosine to 0, both by step", type=real)
     flag(recipe, "--batch-size", "clips a step, over all processes and accumulated passes", type=number)
-    flag(recipe, "--lr", "peak learning rate of AdamW", type=float)
+    flag(recipe, "--lr", "peak learning rate of AdamW", type=real)
     text = "clips for which --lr is meant: it is scaled in proportion to the batch; 0: it is as it is"
     flag(recipe, "--lr-batch", text, type=natural)
-    flag(recipe, "--temporal-lr", "the temporal embedding's learning rate, as a multiple of --lr", type=float)
-    flag(recipe, "--weight-decay", "none on biases, norms and embeddings", type=float)
-    flag(recipe, "--clip-grad", "largest gradient norm; 0: no clipping", type=float)
-    flag(recipe, "--label-smoothing", "share of the target spread over all classes", type=float)
+    flag(recipe, "--temporal-lr", "the temporal embedding's learning rate, as a multiple of --lr", type=real)
+    flag(recipe, "--weight-decay", "none on biases, norms and embeddings", type=real)
+    flag(recipe, "--clip-grad", "largest gradient norm; 0: no clipping", type=real)
+    flag(recipe, "--label-smoothing", "share of the target spread over all classes", type=real)
     text = "crop=LEASTxMOST, or short_side, gray, erasing, jitter, randaugment=OPSxMAGNITUDE, flip; KEY=none drops one"
     flag(recipe, "--augment", text, augment, nargs="+", metavar="KEY=VALUE")
     flag(recipe, "--repeat", "clips drawn from a video an epoch (repeated sampling)", type=number)
     text = "video frames that a clip spans, T at even steps; 0: one from each of T segments of the video"
     flag(recipe, "--span", text, type=natural)
-    flag(recipe, "--views", "evaluation views a video", nargs=2, type=number, metavar=("TEMPORAL", "SPATIAL"))
+    flag(
+        recipe,
+        "--views",
+        "evaluation views a video",
+        " ".join(map(str, shown["views"])),
+        nargs=2,
+        type=number,
+        metavar=("TEMPORAL", "SPATIAL"),
+    )
     flag(recipe, "--eval-every", "evaluate every N epochs and after the last", type=number, metavar="N")
-    flag(recipe, "--save-every", "save after so long, beside each epoch's end", type=float, metavar="MINUTES")
+    flag(recipe, "--save-every", "save after so long, beside each epoch's end", type=real, metavar="MINUTES")
 
     device = p.add_argument_group("device")
     flag(device, "--device", "where to compute", "cuda if there is one", choices=("cuda", "cpu"))
     flag(device, "--precision", "of autocast", "bf16 or fp16 on a GPU, else fp32", choices=DTYPES)
     text = "keep a fifth to a third for the backward pass and compute the rest again, in a fifth to a third more time"
-    flag(device, "--recompute", text, action="store_true", default=None)
+    flag(device, "--recompute", text, action="store_true")
     text = "compile the training step: minutes at the start, faster steps after"
-    flag(device, "--compile", text, action="store_true", default=None)
+    flag(device, "--compile", text, action="store_true")
     text = "passes a step: less memory, same batch (batch norm sees a pass)"
     flag(device, "--accumulate", text, type=number, metavar="N")
     return checked(p, p.parse_args(argv))
 
 
+HEARD = {  # by evaluating and predicting; all else is of training
+    "--predict": "checkpoint method backbone pretrained num_frames image_size span views device precision predict",
+    "--eval": """checkpoint method backbone pretrained num_frames image_size span views device precision eval init out
+        data val_data data_root annotations fold skip split workers batch_size seed recipe set""",
+}
+
+
 def checked(p, args):
     """Flags that do not go together are an error."""
-    fixed = [flag for flag in ("set", "recipe", "weight_decay", "temporal_lr", "augment") if getattr(args, flag)]
-    using = args.eval or args.predict
-    if using and not args.checkpoint and not (args.eval and args.init):
-        p.error("--eval and --predict need --checkpoint FILE (--eval also takes --init FILE with --method and --data)")
-    if using and args.resume:
+    given = [key for key, value in vars(args).items() if value is not None]
+    job = "--predict" if args.predict else "--eval" if args.eval else None
+    if job and args.resume:
         p.error("--eval and --predict take no --resume")
-    if args.checkpoint and not using:
+    if job and not args.checkpoint and not (args.eval and args.init):
+        p.error("--eval and --predict need --checkpoint FILE (--eval also takes --init FILE)")
+    if args.checkpoint and not job:
         p.error("--checkpoint goes with --eval or --predict; to go on with a run use --resume, to start from it --init")
     if args.checkpoint and args.init:
         p.error("--checkpoint and --init both name a checkpoint: use one")
-    if args.checkpoint and fixed:
-        p.error(f"--{fixed[0].replace('_', '-')} is fixed by the checkpoint")
-    if args.split != "val" and not args.eval:
+    for key in given:
+        flag = f"--{key.replace('_', '-')}"
+        if args.checkpoint and key in ("set", "recipe"):
+            p.error(f"{flag} is fixed by the checkpoint")
+        if job and key not in HEARD[job].split():
+            p.error(f"{flag} means nothing to {job}")
+    if args.split and not args.eval:
         p.error("--split goes with --eval: training is watched on val")
-    if not args.checkpoint and not (args.data and (args.method or args.init)):
+    if not job and not (args.data and (args.method or args.init)):
         p.error("say what to train: --method NAME --data DATA (or --eval / --predict with --checkpoint FILE)")
+    args.split = args.split or "val"
     return args
 
 
@@ -264,14 +293,17 @@ def override(run, args):
     )
     run["model"] |= read_set(run["method"], args.set or [])
     for key, value in read_augment(args.augment or []).items():
-        run["augment"].pop(key, None)
+        for old in {"crop": ("crop", "short_side"), "short_side": ("crop", "short_side")}.get(key, (key,)):
+            run["augment"].pop(old, None)
         run["augment"] |= {} if value is None else {key: value}
     if args.lr is not None and args.lr_batch is None:
         run["lr_batch"] = 0  # the rate that was asked for is the rate
     if run["pretrained"] == "none":
         run["pretrained"] = None
     if run["precision"] is None:
-        on_gpu = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp16"
+        on_gpu = (
+            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        )
         run["precision"] = on_gpu if device_of(args).type == "cuda" else "fp32"
 
 
@@ -393,9 +425,6 @@ def noted_signals(place):
             raise KeyboardInterrupt
         noted.append(signum)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
@@ -468,24 +497,21 @@ class Seen:
         self.parts.append(torch.stack([loss.detach(), (logits.argmax(1) == label).float()]))
 
     def step(self, step, norm, items):
-        """Of one step: the gradient's norm, and the items that were in it. Nothing waits for the device."""
+        """Of one step: the gradient's norm, and the items that were in it."""
         here = torch.cat(self.parts, dim=1).to("cpu", non_blocking=True), norm.to("cpu", non_blocking=True)
         event = torch.cuda.Event() if norm.is_cuda else None
         if event:
             event.record()
         self.parts = []
         self.coming.append((event, step, items, *here))
-        self.look()
+        self.look(behind=1 if event else 0)
 
-    def look(self, wait=False):
-        """Reads what has come; or waits for all of it."""
-        while self.coming:
-            event, step, items, (loss, right), norm = self.coming[0]
-            if event and not (wait or event.query()):
-                return
+    def look(self, behind=0):
+        """Waits for all steps but so many. With one behind, the device always has a step before it."""
+        while len(self.coming) > behind:
+            event, step, items, (loss, right), norm = self.coming.popleft()
             if event:
                 event.synchronize()
-            self.coming.popleft()
             self.clips += len(loss)
             self.loss += loss.sum().item()
             self.right += int(right.sum())
@@ -502,7 +528,7 @@ class Seen:
 
     def take(self):
         """All of it, once the device is done -> plain values"""
-        self.look(wait=True)
+        self.look()
         keys = ("trouble", "skipped", "clips", "loss", "right", "waited", "norm", "overflows")
         taken = {key: getattr(self, key) for key in keys} | {"seconds": time.perf_counter() - self.began}
         self.reset()
@@ -602,11 +628,18 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
     steps, warmup = run["epochs"] * steps_per_epoch, run["warmup_epochs"] * steps_per_epoch
     optimizer = torch.optim.AdamW(parameter_groups(model, run), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run["precision"] == "fp16")
-    at = dict(START, skipped=[], result={})
+    at = dict(START, skipped=[], result={}, videos=len(train_set))
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
         at = resumed["progress"]
+        if at["epoch"] == run["epochs"]:
+            print("this run is finished; with more --epochs it would go on")
+            return at["result"], at["skipped"]
+        if at["step"] and at["videos"] != len(train_set):
+            raise RunError(f"the run stopped inside an epoch of {at['videos']} videos; now there are {len(train_set)}")
+        at["videos"] = len(train_set)
+        optimizer.load_state_dict(resumed["optimizer"])
+        if scaler.is_enabled() and resumed["scaler"]:
+            scaler.load_state_dict(resumed["scaler"])
     tuned = [p for group in optimizer.param_groups for p in group["params"]]
     parallel = forward = model
     if world > 1:  # reduces the gradients of what is tuned; batch norms share their statistics themselves
@@ -638,6 +671,8 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
         troubles = dict.fromkeys(part["trouble"] for part in parts if part["trouble"])
         if troubles:
             raise RunError("; ".join(troubles))
+        if scaler.is_enabled() and scaler.get_scale() < 1e-6:
+            raise RunError(f"fp16 overflows at every scale, at step {log.done} too; try --precision bf16 or fp32")
         if at["failed"] > max(FAILURES * at["clips"], 10):
             few = f"{at['failed']} of {at['clips']} training videos cannot be read"
             raise RunError(f"{few}, more than {FAILURES:.0%}; the last: {at['skipped'][-1]}")
@@ -664,14 +699,16 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
                 if place.agree(bool(seen.trouble or signals)):  # all processes go on, or none
                     meet()
                     keep()
-                    raise Stopped(*signals[:1])
+                    raise Stopped(at, place.gather(signals))
 
                 for k, (video, label, _) in enumerate(passes, 1):
                     video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
                     reduce = world == 1 or k == run["accumulate"]
-                    with autocast(run, device), contextlib.nullcontext() if reduce else parallel.no_sync():
-                        logits = forward(common.normalize(video, model.vit)).float()
-                        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=run["label_smoothing"])
+                    with contextlib.nullcontext() if reduce else parallel.no_sync():
+                        with autocast(run, device):
+                            logits = forward(common.normalize(video, model.vit)).float()
+                            smoothing = run["label_smoothing"]
+                            loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
                         scaler.scale(loss.mean() / run["accumulate"]).backward()
                     seen.forward(loss, logits, label)
                 scaler.unscale_(optimizer)
@@ -695,6 +732,8 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
                 keep()  # killed while it evaluates, a run has lost no step
                 began = time.perf_counter()
                 evaluated = evaluate(model, val_set, data, run, place, signals)
+                if evaluated is None:
+                    raise Stopped(at, place.gather(signals))
                 at["result"], at["seconds"] = evaluated.result, at["seconds"] + time.perf_counter() - began
                 at["skipped"] = list(dict.fromkeys(at["skipped"] + evaluated.skipped))
                 line |= evaluated.result
@@ -736,7 +775,8 @@ def read(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         tensors(checkpoint)
     except Exception as e:  # whatever the unpickler says of a file that is not ours
-        raise ValueError(f"{path} is not a checkpoint, or it is damaged") from e
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely, or it is damaged ({reason[:80]})") from e
     return checkpoint
 
 
@@ -763,6 +803,13 @@ def load(path):
     return checkpoint
 
 
+def unlike(path, known, classes, data):
+    """How the classes of a checkpoint differ from those of the data."""
+    text = f"{path} knows {len(known)} classes, which are not the {len(classes)} of {data}"
+    first = next((f" (the first that differs: {a!r}, {b!r})" for a, b in zip(known, classes) if a != b), "")
+    return text + first
+
+
 def refuse(path, run, args, keys, why):
     """ValueError if a flag asks for another method, backbone, ... than the checkpoint has."""
     for key in keys:
@@ -779,7 +826,9 @@ def start_from(path, run, args, classes, device):
     """
     checkpoint = read(path)
     ours = is_ours(checkpoint)
-    head = next((t for k, t in tensors(checkpoint).items() if re.search(r"(^|\.)(head|fc|fc_cls)\.weight$", k)), None)
+    names = r"^head\.weight$" if ours else r"(^|\.)(fc|fc_cls)\.weight$"
+    found = tensors(checkpoint["state"] if ours else checkpoint)
+    head = next((tensor for name, tensor in found.items() if re.search(names, name)), None)
     if head is None:
         raise ValueError(f"{path} has no classifier among its keys: neither ours nor one of the authors' checkpoints")
     model = build(run, len(head), device)
@@ -794,14 +843,15 @@ def start_from(path, run, args, classes, device):
             raise ValueError(f"{path}: {e} (is it of another --recipe, --backbone or --frames?)") from e
     if any(not torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen):
         run["pretrained"] = None  # it brought a backbone of its own, which no name leads to
-    known = checkpoint["classes"] if ours else len(head)
-    if known != (classes if ours else len(classes)):
+    known = (
+        checkpoint["classes"] if ours else classes if len(head) == len(classes) else [str(i) for i in range(len(head))]
+    )
+    if known != classes:
+        difference = unlike(path, known, classes, run["data"])
         if args.eval:
-            raise ValueError(f"{path} knows {len(head)} classes, which are not the {len(classes)} of {run['data']}")
+            raise ValueError(difference)
         if int(os.environ.get("RANK", 0)) == 0:
-            print(
-                f"{path} knows {len(head)} classes, which are not the {len(classes)} of {run['data']}: new classifier"
-            )
+            print(f"{difference}: the classifier is new")
         torch.manual_seed(run["seed"])
         model.head = common.classifier(model.head.in_features, len(classes)).to(device)
     return model
@@ -813,9 +863,9 @@ def settings_to_start_from(path, args):
     if is_ours(checkpoint):
         theirs = {**DEFAULTS, **checkpoint["run"]}
         refuse(path, theirs, args, ("method", "backbone", "num_frames", "image_size"), "--init takes over its shape")
-        args.method = theirs["method"]
+        args.method, args.backbone = theirs["method"], theirs["backbone"]
         run = settings(args)
-        run |= {key: theirs[key] for key in ("backbone", "image_size", "quick_gelu", "num_frames")}
+        run |= {key: theirs[key] for key in ("image_size", "quick_gelu", "num_frames")}
         run["pretrained"] = theirs["pretrained"] if args.pretrained is None else run["pretrained"]
         run["model"] = theirs["model"] | read_set(args.method, args.set or [])
         return run
@@ -847,12 +897,12 @@ class Evaluated(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model, dataset, data, run, place, signals=()):
-    """Over a testing VideoDataset, each video counted once, by one process -> Evaluated; Stopped if a signal comes."""
+    """Over a testing VideoDataset, each video counted once, by one process -> Evaluated; None if a signal came."""
     model.eval()
     views, C = math.prod(run["views"]), len(data.classes)
     device = place.device
     own = range(place.rank, len(dataset), place.world)
-    batches = place.batches(dataset, own, max(run["batch_size"] // (place.world * views), 1))
+    batches = place.batches(dataset, own, max(run["batch_size"] // (place.world * run["accumulate"] * views), 1))
     confusion, among_five = torch.zeros(C, C, device=device), torch.zeros(C, device=device)
     skipped = []
     hidden = None if place.rank == 0 else True  # None: no bar where there is no terminal
@@ -864,11 +914,12 @@ def evaluate(model, dataset, data, run, place, signals=()):
         if not readable.any():
             continue
         label = label[readable].to(device, non_blocking=True)
-        best = probabilities(model, video[readable], run, device).topk(min(5, C)).indices
+        video = video if readable.all() else video[readable]
+        best = probabilities(model, video, run, device).topk(min(5, C)).indices
         confusion.view(-1).index_add_(0, label * C + best[:, 0], torch.ones_like(label, dtype=torch.float32))
         among_five.index_add_(0, label, (best == label[:, None]).any(1).float())
     if place.agree(bool(signals)):
-        raise Stopped(*signals[:1])
+        return None
     parts = place.gather((skipped, confusion.cpu().long(), among_five.cpu().long()))
     skipped = list(dict.fromkeys(text for part in parts for text in part[0]))
     confusion, among_five = sum(part[1] for part in parts), sum(part[2] for part in parts)
@@ -903,14 +954,14 @@ def write_tables(evaluated, classes, folder, split):
     """SPLIT_classes.csv: accuracy by class; SPLIT_confusion.csv: a row for each true class, a column for each guess."""
     folder.mkdir(parents=True, exist_ok=True)
     confusion, among_five = evaluated.confusion.tolist(), evaluated.among_five.tolist()
-    with open(folder / f"{split}_classes.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / f"{split}_classes.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(["class", "videos", "top1", "top5"])
         for c, name in enumerate(classes):
             videos = sum(confusion[c])
             shares = [f"{100 * count / videos:.2f}" if videos else "" for count in (confusion[c][c], among_five[c])]
             table.writerow([name, videos, *shares])
-    with open(folder / f"{split}_confusion.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / f"{split}_confusion.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(["true \\ predicted", *classes])
         table.writerows([name, *row] for name, row in zip(classes, confusion))
@@ -960,24 +1011,38 @@ def check_resumable(path, checkpoint, args):
         raise ValueError(f"{path} can be evaluated, but not resumed: it is merged, or older than this train.py")
     keys = ("method", "backbone", "num_frames", "image_size", "recipe", "weight_decay", "temporal_lr")
     refuse(path, run, args, keys, "--resume cannot change that")
+    if run["init"] is None and args.pretrained is not None and args.pretrained != (run["pretrained"] or "none"):
+        raise ValueError(f"{path} is of --pretrained {run['pretrained'] or 'none'}, not {args.pretrained}")
+    args.pretrained = None  # after --init, the backbone is in the checkpoint
     asked = run["model"] | read_set(run["method"], args.set or [])
     if asked != run["model"]:
         raise ValueError(f"this run was begun with model {run['model']}, not {asked}: --resume cannot change that")
     at = checkpoint["progress"]
-    if args.epochs and args.epochs < at["epoch"]:
+    if args.epochs and args.epochs != run["epochs"] and args.epochs <= at["epoch"]:
         raise ValueError(f"--epochs {args.epochs}: this run has done {at['epoch']} already")
     if at["step"]:
-        refuse(path, run, args, ("batch_size", "repeat", "data"), f"it stopped inside epoch {at['epoch'] + 1}")
+        refuse(
+            path,
+            run,
+            args,
+            ("batch_size", "repeat", "data", "seed", "fold"),
+            f"it stopped inside epoch {at['epoch'] + 1}",
+        )
 
 
 def setting(args, out):
     """What the command line and a checkpoint say together -> (run, checkpoint or None)"""
     path = out / "checkpoint.pt" if args.resume else args.checkpoint
-    if args.eval and args.init and is_ours(read(Path(args.init))):
-        path = args.checkpoint = Path(args.init)
-        args.init = None
+    if args.eval and args.init:
+        if is_ours(read(Path(args.init))):
+            if args.set or args.recipe:
+                raise ValueError("--set and --recipe are fixed by the checkpoint")
+            path, args.checkpoint, args.init = Path(args.init), Path(args.init), None
+        elif not args.data:
+            raise ValueError("--eval --init: say on which --data")
     if args.resume and not path.exists():
-        print(f"{path} is not there yet: the run begins from the start")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{path} is not there yet: the run begins from the start")
         path = None
     if path is None:
         return settings_to_start_from(Path(args.init), args) if args.init else settings(args), None
@@ -1003,11 +1068,11 @@ def prepare(args):
         settings_to_start_from(Path(args.init), args)  # names the method, and so the run's folder
     out = None if args.eval or args.predict else run_folder(args)
     run, checkpoint = setting(args, out)
-    passes = world * run["accumulate"]
-    if run["batch_size"] % passes:
-        raise ValueError(
-            f"--batch-size {run['batch_size']} is no multiple of {passes} (processes x accumulated passes)"
-        )
+    if out and run["batch_size"] % (world * run["accumulate"]):
+        passes = f"{world * run['accumulate']} (processes x accumulated passes)"
+        raise ValueError(f"--batch-size {run['batch_size']} is no multiple of {passes}")
+    if run["compile"] and run["recompute"] and run["method"] == "side4video":
+        raise ValueError("--compile and --recompute do not go together here: PyTorch cannot compile what is recomputed")
     if run["compile"]:
         check_compiler(device)
     if device.type == "cuda":
@@ -1015,7 +1080,7 @@ def prepare(args):
     group = None
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        group = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # one may wait for another's disk
 
     data = None
     if not args.predict:
@@ -1024,10 +1089,9 @@ def prepare(args):
                 where = {key: run[key] for key in ("val_data", "annotations", "fold", "skip")}
                 data = find_clips(run["data"], run["data_root"], **where)
             if world > 1:
-                dist.barrier()
+                dist.barrier(group)
         if checkpoint and checkpoint["classes"] != data.classes:
-            known, there = len(checkpoint["classes"]), len(data.classes)
-            raise ValueError(f"the checkpoint knows {known} classes, which are not the {there} of {run['data']}")
+            raise ValueError(unlike("the checkpoint", checkpoint["classes"], data.classes, run["data"]))
         if not getattr(data, args.split):
             raise ValueError(f"{run['data']} has no {args.split} split")
 
@@ -1051,9 +1115,10 @@ def prepare(args):
     if data.missing and rank == 0:
         print(*data.missing, sep="\n", file=sys.stderr)
     train_set = VideoDataset(data.train, augment=run["augment"], seed=run["seed"], flip=data.flip, **shape)
-    if len(train_set) < run["batch_size"]:
+    if len(train_set) * run["repeat"] < run["batch_size"]:
         there, batch = len(train_set), run["batch_size"]
         raise ValueError(f"{there} training videos do not fill a batch of {batch}: choose a smaller --batch-size")
+    run["image_size"] = model.vit.image_size
     if rank == 0:
         introduce(run, model, data, place, out)
     return train, dict(job, train_set=train_set, val_set=eval_set, out=out, resumed=checkpoint)
@@ -1070,7 +1135,11 @@ def introduce(run, model, data, place, out):
     """The recipe that the run uses, as run.json in its folder has it."""
     total, tunable = (n / 1e6 for n in common.count_parameters(model))
     apart = ("method", "data", "recipe", "model", "augment")
-    words = [f"{key}={plain(value)}" for key, value in run.items() if key not in apart and value not in (None, False)]
+    words = [
+        f"{key}={plain(value)}"
+        for key, value in run.items()
+        if key not in apart and value is not None and value is not False
+    ]
     words += [f"{key}={plain(value)}" for name in ("augment", "model") for key, value in run[name].items()]
     if run["lr_batch"]:
         words.append(f"peak_lr={peak_rate(run):g}")
@@ -1086,25 +1155,27 @@ def introduce(run, model, data, place, out):
 def main(argv=None):
     """Does what the command line says -> the evaluation's result (None for --predict)"""
     argv = sys.argv[1:] if argv is None else argv
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         args = parse(argv)
         job, keywords = prepare(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         stop(error)
     except KeyboardInterrupt:
         stop("stopped before the first step", code=130)
     saved = keywords.get("out") and keywords["out"] / "checkpoint.pt"
     try:
         answer = job(**keywords)
-    except (VideoError, RunError) as error:
+    except (VideoError, RunError, OSError) as error:
         kept = f"\nwhat it had learned before is in {saved}" if saved and saved.exists() else ""
-        stop(f"{error}{kept}")
+        stop(f"{error}{kept}", alone=not isinstance(error, OSError))
     except Stopped as stopped:
-        at = torch.load(saved, weights_only=True)["progress"]
+        at, signals = stopped.args
         again = shlex.join(["train.py", *argv, *(["--resume"] if "--resume" not in argv else [])])
         launcher = "python" if keywords["place"].world == 1 else "torchrun ..."
         where = f"stopped and saved after step {at['step']} of epoch {at['epoch'] + 1}"
-        stop(f"{where}; go on with\n    {launcher} {again}", code=128 + (stopped.args or (signal.SIGTERM,))[0])
+        stop(f"{where}; go on with\n    {launcher} {again}", 128 + max(map(max, filter(None, signals))), alone=True)
     except KeyboardInterrupt:
         stop("stopped" + "; with --resume it goes on from the last checkpoint" * bool(saved and saved.exists()), 130)
     finally:
@@ -1124,9 +1195,11 @@ def main(argv=None):
     return result
 
 
-def stop(error, code=2):
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"\ntrain.py: {error}", file=sys.stderr, flush=True)
+def stop(error, code=2, alone=False):
+    """Exits with a sentence: of each process, or, where all stop for one reason, of process 0 alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or not alone:
+        print(f"\ntrain.py: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -1138,7 +1211,7 @@ def report(args, keywords, result, skipped):
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")
     if out := keywords.get("out"):
-        (out / "skipped.txt").write_text("".join(f"{text}\n" for text in skipped), encoding="utf-8")
+        (out / "skipped.txt").write_bytes(os.fsencode("".join(f"{text}\n" for text in skipped)))
         path, (total, tunable) = out / "checkpoint.pt", common.count_parameters(keywords["model"])
         print(f"{tunable / 1e6:.2f} M tunable of {total / 1e6:.2f} M parameters")
         print(f"checkpoint {path} ({path.stat().st_size / 1e6:.1f} MB)")

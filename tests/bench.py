@@ -136,7 +136,7 @@ def time_steps(args):
     variants = ["plain ViT", "", "--recompute"] + ["--compile"] * args.compile
     peak = next((tflops for name, tflops in PEAKS.items() if name in (gpu or "")), None)
     print(
-        f"{args.backbone}, a step of {args.batch_size} clips of {args.frames} frames, {gpu or 'CPU'}, {args.turns} turns"
+        f"{args.backbone}, {args.batch_size} clips of {args.frames} frames a step, {gpu or 'CPU'}, {args.turns} turns"
     )
     columns = ("s a step", "clips/s", "peak GiB", "of ViT", "of products", "MFU")
     print(f"{'':36}", *(f"{column:>11}" for column in columns), flush=True)
