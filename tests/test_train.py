@@ -468,6 +468,13 @@ def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
         ("--method aim --data FOLDER --recipe toy --device cuda", "finds no GPU"),
         ("--method aim --data FOLDER --recipe toy --num-frames 17 --out OUT", "16 training videos in a row"),
         ("--eval", "need --checkpoint"),
+        ("--eval --checkpoint TRAINED --weight-decay 0", "--weight-decay means nothing to --eval"),
+        ("--eval --checkpoint TRAINED --compile", "--compile means nothing to --eval"),
+        ("--predict CLIP.mp4 --checkpoint TRAINED --skip x", "--skip means nothing to --predict"),
+        ("--eval --init TRAINED --set ratio=0.5", "fixed by the checkpoint"),
+        ("--method aim --data FOLDER --out RUN --resume --pretrained none", "is of --pretrained shipped, not none"),
+        ("--method aim --data FOLDER --recipe toy --clip-grad -1", "must be a number, 0 or more, not '-1'"),
+        ("--method side4video --data FOLDER --recipe toy --compile --recompute", "do not go together"),
         ("--eval --checkpoint nothing.pt", "there is no checkpoint"),
         ("--eval --checkpoint WEIGHTS", "is not a checkpoint of train.py"),
         ("--eval --checkpoint TEXT", "is not a checkpoint that can be read safely"),
@@ -741,6 +748,66 @@ def test_init_goes_on_from_ours_and_says_when_the_classifier_is_new(trained, fol
     for key in set(ours) - {"head.weight", "head.bias"}:
         torch.testing.assert_close(ours[key], theirs[key], atol=1e-6, rtol=0)
     assert train.load(tmp_path / "run" / "checkpoint.pt")["run"]["init"] == str(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["st_adapter", "zeroi2v", "side4video"])
+def test_init_takes_ours_of_every_method(method, folder, tmp_path):
+    train.main(flags(folder, tmp_path / "first", "--epochs", 1, "--method", method))
+    checkpoint = tmp_path / "first" / "checkpoint.pt"
+    train.main(flags(folder, tmp_path / "next", "--epochs", 1, "--method", method, "--init", checkpoint, "--lr", 0))
+    a, b = ({k: v for k, v in state(tmp_path / name).items() if "running" not in k} for name in ("first", "next"))
+    a, b = ({k: v for k, v in x.items() if "batches_tracked" not in k} for x in (a, b))
+    assert_same_state(a, b)
+
+
+def test_a_backbone_that_came_with_init_stays_when_the_run_is_resumed(folder, tmp_path):
+    argv = flags(folder, tmp_path / "first", "--epochs", 1, "--pretrained", "none", "--backbone", "ViT-Toy-16")
+    train.main(argv)
+    checkpoint = tmp_path / "first" / "checkpoint.pt"
+    argv = flags(folder, tmp_path / "next", "--init", checkpoint, "--pretrained", "shipped")
+    train.main([*argv, "--epochs", "1"])
+    assert train.load(tmp_path / "next" / "checkpoint.pt")["run"]["pretrained"] is None
+    train.main([*argv, "--epochs", "2", "--resume"])
+    assert train.load(tmp_path / "next" / "checkpoint.pt")["run"]["pretrained"] is None
+    frozen = "vit.transformer.resblocks.0.mlp.c_fc.weight"
+    torch.testing.assert_close(state(tmp_path / "next")[frozen], state(tmp_path / "first")[frozen])
+
+
+def test_init_takes_the_recipe_of_the_checkpoints_backbone(tmp_path):
+    run = {**train.DEFAULTS, "method": "side4video", "backbone": "ViT-L-14", "model": dict(width=512)}
+    torch.save({"run": run, "state": {}, "classes": []}, tmp_path / "large.pt")
+    args = train.parse(["--data", "k400", "--init", str(tmp_path / "large.pt")])
+    assert train.settings_to_start_from(tmp_path / "large.pt", args)["lr"] == 1e-4
+
+
+def test_a_finished_run_says_so_and_is_left_alone(trained, folder, capsys):
+    out, _ = trained
+    before = (out / "run.json").read_text(), (out / "checkpoint.pt").read_bytes()
+    result = train.main(flags(folder, out, "--resume", "--views", 2, 3))
+    assert "this run is finished" in capsys.readouterr().out
+    assert result["top1"] == lines(out)[-1]["top1"]
+    assert before == ((out / "run.json").read_text(), (out / "checkpoint.pt").read_bytes())
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_at_a_signal(folder, tmp_path):
+    """The others wait until process 0 has saved; what is printed and kept is one thing."""
+    out = tmp_path / "run"
+    argv = flags(folder, out, "--epochs", 500, "--eval-every", 500, "--batch-size", 4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    process = subprocess.Popen([*command, *argv], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    while not (out / "log.jsonl").exists() or len(lines(out, "loss")) < 3:
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    at = train.load(out / "checkpoint.pt")["progress"]
+    assert f"stopped and saved after step {at['step']} of epoch {at['epoch'] + 1}" in error
+    assert error.count("go on with") == 1 and "FileNotFoundError" not in error
+    done = run(*flags(folder, out, "--epochs", at["epoch"] + 1, "--batch-size", 4, "--resume"), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert lines(out)[-1]["videos"] == 8
 
 
 def test_accuracy_by_class_and_confusion_are_tables(trained, tmp_path):
