@@ -390,7 +390,7 @@ class Place(NamedTuple):
             batch_size,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            worker_init_fn=outlive_signals,
         )
 
     def agree(self, code):
@@ -409,10 +409,17 @@ class Place(NamedTuple):
         return values
 
 
-def ignore_signals(worker):
-    """Ctrl-C and many a scheduler signal every process; a loader must live until the step has its batch."""
+def outlive_signals(worker):
+    """Ctrl-C and many a scheduler signal every process; a loader must live until the step has its batch, and no longer:
+    half a minute from the first SIGTERM, or to the second.
+    """
+
+    def once(signum, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(30)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, once)
 
 
 @contextlib.contextmanager
@@ -632,7 +639,8 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
     if resumed:
         at = resumed["progress"]
         if at["epoch"] == run["epochs"]:
-            print("this run is finished; with more --epochs it would go on")
+            if rank == 0:
+                print("this run is finished; with more --epochs it would go on")
             return at["result"], at["skipped"]
         if at["step"] and at["videos"] != len(train_set):
             raise RunError(f"the run stopped inside an epoch of {at['videos']} videos; now there are {len(train_set)}")
@@ -721,7 +729,7 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
                 at["step"] = i + 1
                 log.tick()
                 if at["step"] % LOG_EVERY == 0 or at["step"] == steps_per_epoch:
-                    meet()  # nowhere else does the loop wait for the device
+                    meet()  # waits for this step; elsewhere the loop waits for the step before, the next one queued
                     if time.monotonic() - saved > 60 * run["save_every"]:
                         keep()
                         saved = time.monotonic()

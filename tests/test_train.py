@@ -619,6 +619,23 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path
     assert steps > 2 and train.load(out / "checkpoint.pt")["optimizer"]["state"][0]["step"] == steps
 
 
+@pytest.mark.slow
+def test_a_process_ends_though_its_loaders_outlive_a_signal():
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+place = train.Place(torch.device("cpu"), 0, 1, workers=2)
+batches = iter(place.batches(list(range(100)), list(range(100)), 1))
+next(batches)
+print([worker.pid for worker in batches._workers])
+batches._shutdown_workers = None  # whatever keeps it from saying goodbye
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    pids = json.loads(done.stdout)
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_a_signal_while_evaluating_stops_and_what_was_trained_is_kept(folder, tmp_path, monkeypatch, capsys):
     real = train.probabilities
 
