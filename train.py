@@ -89,6 +89,742 @@ class Stopped(Exception):
     """Signals asked the run to stop, and it is saved. Arguments: how far it is, the signals that each process got."""
 
 
+# ---- Training
+
+
+def parameter_groups(model, run):
+    """AdamW's groups: no decay on biases, norms and embeddings; `rate`, a multiple of the learning rate."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = 0.0 if p.ndim < 2 or "embedding" in name else run["weight_decay"]
+            rate = run["temporal_lr"] if "temporal_embedding" in name else 1.0
+            groups.setdefault((decay, rate), []).append(p)
+    return [{"params": ps, "weight_decay": decay, "rate": rate} for (decay, rate), ps in groups.items()]
+
+
+def warmup_cosine(step, steps, warmup):
+    """The fraction of the peak learning rate at `step`: a line from 0 to 1, then half a cosine down to 0."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def peak_rate(run):
+    return run["lr"] * (run["batch_size"] / run["lr_batch"] if run["lr_batch"] else 1)
+
+
+def epoch_order(run, num_clips, epoch, place, micro):
+    """This process's clips in this epoch, in order; a global batch holds the same clips for any number of processes."""
+    generator = torch.Generator().manual_seed(1_000_003 * run["seed"] + epoch)
+    order = torch.randperm(num_clips, generator=generator)
+    again = num_clips * torch.arange(run["repeat"])  # repeated sampling: item i + k num_clips is clip i, drawn anew
+    order = (order[:, None] + again).flatten()
+    order = order[: len(order) // run["batch_size"] * run["batch_size"]]
+    return order.view(-1, place.world, micro)[:, place.rank].flatten().tolist()
+
+
+# How far a run is: epochs, steps of the epoch and what they saw, and where log.jsonl ended.
+START = dict(epoch=0, step=0, clips=0, loss=0.0, right=0, failed=0, seconds=0.0, overflows=0, log=0)
+
+
+def train(run, model, train_set, val_set, data, out, place, resumed=None):
+    """The loop -> (last evaluation, videos that were skipped); run.json, log.jsonl and checkpoint.pt go to `out`."""
+    device, rank, world = place.device, place.rank, place.world
+    micro = run["batch_size"] // (world * run["accumulate"])
+    steps_per_epoch = len(train_set) * run["repeat"] // run["batch_size"]
+    steps, warmup = run["epochs"] * steps_per_epoch, run["warmup_epochs"] * steps_per_epoch
+    optimizer = torch.optim.AdamW(parameter_groups(model, run), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=run["precision"] == "fp16")
+    at = resumed["progress"] if resumed else dict(START, skipped=[], result={})
+    if at["epoch"] == run["epochs"]:
+        return at["result"], at["skipped"]
+    at["videos"] = len(train_set)
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        if scaler.is_enabled() and resumed["scaler"]:
+            scaler.load_state_dict(resumed["scaler"])
+    tuned = [p for group in optimizer.param_groups for p in group["params"]]
+    parallel = forward = model
+    if world > 1:  # reduces the gradients of what is tuned; batch norms share their statistics themselves
+        gpu = [device.index] if device.type == "cuda" else None
+        parallel = forward = DistributedDataParallel(model, gpu, gradient_as_bucket_view=True)
+    if run["compile"]:
+        forward = torch.compile(forward)
+    log, seen = Log(out, run, steps_per_epoch, at, rank), Seen(train_set, run)
+
+    def keep():
+        if rank == 0:
+            at["log"] = log.size()
+            # A random backbone is in no file but this one.
+            state = model.state_dict() if run["pretrained"] is None else common.tuned_state(model)
+            names = {"classes": data.classes, "groups": data.groups, "result": at["result"], "versions": versions()}
+            progress = {"progress": at, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save({"run": run, "state": state, **names, **progress}, out / "checkpoint.pt")
+
+    with log, noted_signals(place) as signals:
+        for epoch in range(at["epoch"], run["epochs"]):
+            model.train()
+            train_set.epoch = epoch
+            order = epoch_order(run, len(train_set), epoch, place, micro)
+            share = micro * run["accumulate"]  # of a step's clips, this process's
+            batches = iter(place.batches(train_set, order[share * at["step"] :], micro))
+            saved = time.monotonic()
+            seen.reset()
+            for i in range(at["step"], steps_per_epoch):
+                step = epoch * steps_per_epoch + i
+                torch.manual_seed((1_000_003 * run["seed"] + step) * 1009 + rank)  # a resumed run drops out the same
+                rate = peak_rate(run) * warmup_cosine(step, steps, warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["rate"]
+                with seen.waiting():
+                    passes = [next(batches) for _ in range(run["accumulate"])]
+                seen.videos(passes)
+                if place.agree(bool(seen.trouble or signals)):  # all processes go on, or none
+                    log.window(at, seen.meet(at, place, scaler), rate, device)
+                    keep()
+                    raise Stopped(at, place.gather(signals))
+
+                for k, (video, label, _) in enumerate(passes, 1):
+                    video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
+                    reduce = world == 1 or k == run["accumulate"]
+                    with contextlib.nullcontext() if reduce else parallel.no_sync():
+                        with autocast(run, device):
+                            logits = forward(common.normalize(video, model.vit)).float()
+                            smoothing = run["label_smoothing"]
+                            loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
+                        scaler.scale(loss.mean() / run["accumulate"]).backward()
+                    seen.forward(loss, logits, label)
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(tuned, run["clip_grad"] or math.inf)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+
+                seen.step(step + 1, norm, order[share * i : share * (i + 1)])
+                at["step"] = i + 1
+                log.tick()
+                if at["step"] % LOG_EVERY == 0 or at["step"] == steps_per_epoch:
+                    # Waits for this step; elsewhere the loop waits for the step before, the next one queued.
+                    log.window(at, seen.meet(at, place, scaler), rate, device)
+                    if time.monotonic() - saved > 60 * run["save_every"]:
+                        keep()
+                        saved = time.monotonic()
+
+            line = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
+            line |= {"train_loss": at["loss"] / at["clips"], "train_top1": 100 * at["right"] / at["clips"]}
+            if (epoch + 1) % run["eval_every"] == 0 or epoch + 1 == run["epochs"]:
+                keep()  # killed while it evaluates, a run has lost no step
+                began = time.perf_counter()
+                evaluated = evaluate(model, val_set, data, run, place, signals)
+                if evaluated is None:
+                    raise Stopped(at, place.gather(signals))
+                at["result"], at["seconds"] = evaluated.result, at["seconds"] + time.perf_counter() - began
+                at["skipped"] = list(dict.fromkeys(at["skipped"] + evaluated.skipped))
+                line |= evaluated.result
+                if rank == 0:
+                    write_tables(evaluated, data.classes, out, "val")
+            log.epoch(line | {"seconds": round(at["seconds"], 1), "overflows": at["overflows"]})
+            at |= dict(START, epoch=epoch + 1, overflows=at["overflows"])
+            keep()
+    return at["result"], at["skipped"]
+
+
+# ---- Evaluating and predicting
+
+
+class Evaluated(NamedTuple):
+    """result: top-1 and top-5 in percent, videos counted, and `top1 GROUP` over each group of classes. skipped: why and
+    which videos are not counted. confusion (true class, predicted class) and among_five (true class): videos.
+    """
+
+    result: dict
+    skipped: list
+    confusion: torch.Tensor
+    among_five: torch.Tensor
+
+
+@torch.no_grad()
+def evaluate(model, dataset, data, run, place, signals=()):
+    """Over a testing VideoDataset, each video counted once, by one process -> Evaluated; None if a signal came."""
+    model.eval()
+    views, C = math.prod(run["views"]), len(data.classes)
+    device = place.device
+    own = range(place.rank, len(dataset), place.world)
+    batches = place.batches(dataset, own, max(run["batch_size"] // (place.world * run["accumulate"] * views), 1))
+    confusion, among_five = torch.zeros(C, C, device=device), torch.zeros(C, device=device)
+    skipped = []
+    hidden = None if place.rank == 0 else True  # None: no bar where there is no terminal
+    for video, label, problems in tqdm(batches, desc="evaluating", leave=False, disable=hidden, dynamic_ncols=True):
+        if signals:
+            break
+        skipped += filter(None, problems)
+        readable = label >= 0
+        if not readable.any():
+            continue
+        label = label[readable].to(device, non_blocking=True)
+        video = video if readable.all() else video[readable]
+        best = probabilities(model, video, run, device).topk(min(5, C)).indices
+        confusion.view(-1).index_add_(0, label * C + best[:, 0], torch.ones_like(label, dtype=torch.float32))
+        among_five.index_add_(0, label, (best == label[:, None]).any(1).float())
+    if place.agree(bool(signals)):
+        return None
+    parts = place.gather((skipped, confusion.cpu().long(), among_five.cpu().long()))
+    skipped = list(dict.fromkeys(text for part in parts for text in part[0]))
+    confusion, among_five = sum(part[1] for part in parts), sum(part[2] for part in parts)
+
+    videos, right = confusion.sum(1), confusion.diag()
+    if not videos.sum():
+        raise VideoError(f"none of the {len(dataset)} videos to evaluate can be read; the first: {skipped[0]}")
+    top1, top5 = (100 * counts.sum().item() / videos.sum().item() for counts in (right, among_five))
+    result = {"top1": top1, "top5": top5, "videos": videos.sum().item()}
+    for group, names in data.groups.items():
+        chosen = [data.classes.index(name) for name in names]
+        result[f"top1 {group}"] = 100 * right[chosen].sum().item() / max(videos[chosen].sum().item(), 1)
+    return Evaluated(result, skipped, confusion, among_five)
+
+
+def probabilities(model, video, run, device):
+    """uint8 video (B, V, T, 3, H, W) -> class probabilities (B, num_classes), the mean over the V views"""
+    video = video.to(device, non_blocking=True)
+    with autocast(run, device):
+        logits = model(common.normalize(video.flatten(0, 1), model.vit))
+    return logits.float().softmax(-1).unflatten(0, video.shape[:2]).mean(1)
+
+
+@torch.no_grad()
+def predict(run, model, videos, classes, device):
+    """Prints the five likeliest classes of each video; VideoError, after the others, for those that are broken."""
+    model.eval()
+    clips = [Clip(video, 0) for video in videos]
+    dataset = VideoDataset(clips, run["num_frames"], model.vit.image_size, run["span"], run["views"])
+    problems = []
+    for clip, (video, _, problem) in zip(clips, dataset):
+        if problem:
+            problems.append(problem)
+            continue
+        p, best = probabilities(model, video[None], run, device)[0].topk(min(5, len(classes)))
+        shares = (f"{100 * share:5.1f} %  {classes[c]}" for share, c in zip(p.tolist(), best.tolist()))
+        print(clip.path, *shares, sep="\n  ", flush=True)
+    if problems:
+        raise VideoError("; ".join(problems))
+
+
+def write_tables(evaluated, classes, folder, split):
+    """SPLIT_classes.csv: accuracy by class; SPLIT_confusion.csv: a row for each true class, a column for each guess."""
+    folder.mkdir(parents=True, exist_ok=True)
+    confusion, among_five = evaluated.confusion.tolist(), evaluated.among_five.tolist()
+    with open(folder / f"{split}_classes.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "videos", "top1", "top5"])
+        for c, name in enumerate(classes):
+            videos = sum(confusion[c])
+            shares = [f"{100 * count / videos:.2f}" if videos else "" for count in (confusion[c][c], among_five[c])]
+            table.writerow([name, videos, *shares])
+    with open(folder / f"{split}_confusion.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["true \\ predicted", *classes])
+        table.writerows([name, *row] for name, row in zip(classes, confusion))
+
+
+def describe(result):
+    """The top-1, with that of each group of classes, or else the top-5."""
+    parts = [f"{key.removeprefix('top1 ')} {value:.1f} %" for key, value in result.items() if key.startswith("top1 ")]
+    parts = parts or [f"top-5 {result['top5']:.1f} %"]
+    return f"top-1 {result['top1']:.1f} % ({', '.join(parts)})"
+
+
+# ---- What is seen of a run
+
+
+class Seen:
+    """What this process's steps saw since the processes last met; losses come from the device when they are ready."""
+
+    def __init__(self, dataset, run):
+        self.dataset, self.scaled = dataset, run["precision"] == "fp16"
+        self.trouble, self.parts, self.coming = "", [], collections.deque()
+        self.reset()
+
+    def reset(self):
+        self.skipped, self.clips, self.loss, self.right = [], 0, 0.0, 0
+        self.waited, self.norm, self.overflows, self.began = 0.0, 0.0, 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def videos(self, passes):
+        for _, label, problems in passes:
+            self.skipped += filter(None, problems)
+            if label.min() < 0:
+                self.trouble = f"{TRIES} training videos in a row cannot be read; the first: {self.skipped[-1]}"
+
+    def forward(self, loss, logits, label):
+        """Of one pass: loss (B,)"""
+        self.parts.append(torch.stack([loss.detach(), (logits.argmax(1) == label).float()]))
+
+    def step(self, step, norm, items):
+        """Of one step: the gradient's norm, and the items that were in it."""
+        here = torch.cat(self.parts, dim=1).to("cpu", non_blocking=True), norm.to("cpu", non_blocking=True)
+        event = torch.cuda.Event() if norm.is_cuda else None
+        if event:
+            event.record()
+        self.parts = []
+        self.coming.append((event, step, items, *here))
+        self.look(behind=1 if event else 0)
+
+    def look(self, behind=0):
+        """Waits for all steps but so many. With one behind, the device always has a step before it."""
+        while len(self.coming) > behind:
+            event, step, items, (loss, right), norm = self.coming.popleft()
+            if event:
+                event.synchronize()
+            self.clips += len(loss)
+            self.loss += loss.sum().item()
+            self.right += int(right.sum())
+            self.norm = norm.item()
+            bad = [i for i, finite in zip(items, loss.isfinite()) if not finite]
+            if bad:  # named is what the epoch asked for: a broken video's stand-in goes by its name
+                paths = [self.dataset.clips[i % len(self.dataset)].path for i in bad]
+                few = ", ".join(paths[:8]) + f" and {len(paths) - 8} more" * (len(paths) > 8)
+                self.trouble = self.trouble or f"the loss is not finite at step {step} for {few}; try a smaller --lr"
+            elif not math.isfinite(self.norm) and self.scaled:
+                self.overflows += 1  # the scaler has left this step out, and halves its scale
+            elif not math.isfinite(self.norm):
+                self.trouble = self.trouble or f"the gradient is not finite at step {step}; try a smaller --lr"
+
+    def meet(self, at, place, scaler):
+        """Adds to `at` what all processes saw since they last met -> the part of each; RunError if one cannot go on."""
+        self.look()
+        keys = ("trouble", "skipped", "clips", "loss", "right", "waited", "norm", "overflows")
+        parts = place.gather({key: getattr(self, key) for key in keys} | {"seconds": time.perf_counter() - self.began})
+        self.reset()
+        for key in ("clips", "loss", "right"):
+            at[key] += sum(part[key] for part in parts)
+        for key in ("overflows", "seconds"):
+            at[key] += parts[0][key]
+        skipped = [text for part in parts for text in part["skipped"]]
+        at["failed"] += len(skipped)
+        at["skipped"] = list(dict.fromkeys(at["skipped"] + skipped))
+
+        troubles = dict.fromkeys(part["trouble"] for part in parts if part["trouble"])
+        if troubles:
+            raise RunError("; ".join(troubles))
+        if scaler.is_enabled() and scaler.get_scale() < 1e-6:
+            raise RunError("fp16 overflows at every scale of the loss; try --precision bf16 or fp32")
+        if at["failed"] > max(FAILURES * at["clips"], 10):
+            few = f"{at['failed']} of {at['clips']} training videos cannot be read"
+            raise RunError(f"{few}, more than {FAILURES:.0%}; the last: {at['skipped'][-1]}")
+        return parts
+
+
+class Log:
+    """log.jsonl, and what is seen of a run: a bar on a terminal, elsewhere a line now and then. Process 0 writes."""
+
+    def __init__(self, out, run, steps_per_epoch, at, rank):
+        self.run, self.steps = run, run["epochs"] * steps_per_epoch
+        self.first = self.done = at["epoch"] * steps_per_epoch + at["step"]
+        self.file, self.began, self.shown = None, time.monotonic(), -math.inf
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+            self.file = (out / "log.jsonl").open("ab")
+            if self.file.tell() > at["log"]:
+                self.file.truncate(at["log"])  # what a killed run logged after its last checkpoint is done again
+        hidden = None if rank == 0 else True  # None: no bar where there is no terminal
+        self.bar = tqdm(total=self.steps, initial=self.done, disable=hidden, unit="step", dynamic_ncols=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+    def size(self):
+        return self.file.seek(0, os.SEEK_END)
+
+    def write(self, line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+
+    def tick(self):
+        self.done += 1
+        self.bar.update()
+
+    def window(self, at, parts, rate, device):
+        """The steps since the processes last met, `parts` from each of them."""
+        clips, loss, right, waited = (sum(part[key] for part in parts) for key in ("clips", "loss", "right", "waited"))
+        if not (self.file and clips):
+            return
+        seconds, norm = parts[0]["seconds"], parts[0]["norm"]
+        line = dict(
+            step=self.done,
+            epoch=at["epoch"] + 1,
+            loss=loss / clips,
+            top1=100 * right / clips,
+            lr=rate,
+            grad_norm=norm if math.isfinite(norm) else None,
+            clips_per_second=clips / seconds,
+            data_wait=waited / len(parts) / seconds,
+            memory_mb=memory_mb(device),
+            overflows=at["overflows"],
+            skipped=len(at["skipped"]),
+        )
+        self.write(line)
+        where = f"epoch {line['epoch']}/{self.run['epochs']}, loss {line['loss']:.3f}, top-1 {line['top1']:.1f} %"
+        pace = f"{line['clips_per_second']:.3g} clips/s, {line['data_wait']:.0%} data wait"
+        pace += f", {line['memory_mb'] / 1024:.1f} GB"
+        self.bar.set_postfix_str(f"{where}, {pace}")
+        now = time.monotonic()
+        if self.bar.disable and now - self.shown > 30:
+            left = (self.steps - self.done) * (now - self.began) / max(self.done - self.first, 1)
+            print(f"step {self.done}/{self.steps}, {where}, {pace}, {tqdm.format_interval(left)} left", flush=True)
+            self.shown = now
+
+    def epoch(self, line):
+        if self.file:
+            self.write(line)
+            val = f", val {describe(line)}" if "top1" in line else ""
+            took = tqdm.format_interval(line["seconds"])
+            train = f"train loss {line['train_loss']:.3f}, top-1 {line['train_top1']:.1f} %"
+            self.bar.write(f"epoch {line['epoch']}: {train}{val}, {took}")
+
+
+def memory_mb(device):
+    """The most that was in use: of the GPU's memory by tensors, or of the computer's by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---- Processes, and the signals that stop them
+
+
+class Place(NamedTuple):
+    """Where this process computes, which of how many it is, and how they talk beside the gradients: over the CPU."""
+
+    device: torch.device
+    rank: int
+    world: int
+    workers: int
+    group: dist.ProcessGroup | None = None
+
+    def batches(self, dataset, indices, batch_size):
+        return DataLoader(
+            Subset(dataset, indices),
+            batch_size,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
+
+    def agree(self, code):
+        """The largest code of all processes."""
+        if self.world > 1:
+            code = torch.tensor(code)
+            dist.all_reduce(code, dist.ReduceOp.MAX, group=self.group)
+        return int(code)
+
+    def gather(self, value):
+        """The values of all processes."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def outlive_signals(worker):
+    """Ctrl-C and many a scheduler signal every process; a loader must live until the step has its batch, and no longer:
+    half a minute from the first SIGTERM, or to the second.
+    """
+
+    def once(signum, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(30)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, once)
+
+
+@contextlib.contextmanager
+def noted_signals(place):
+    """The list of SIGINT and SIGTERM that came, for the loop to look at; a second Ctrl-C stops at once."""
+    noted = []
+
+    def note(signum, frame):
+        if noted and signum == signal.SIGINT and place.world == 1:  # torchrun itself repeats it
+            raise KeyboardInterrupt
+        noted.append(signum)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+# ---- What a run is
+
+
+def recipe_of(args):
+    """The method's settings for this data and backbone, as its paper or its authors' code has them."""
+    _, recipes = METHODS[args.method]
+    source = DATASETS.get(args.data)
+    names = [args.recipe] if args.recipe else [args.data, source.recipe if source else args.data, "k400"]
+    name = next((name for name in names if name in recipes), None)  # what no paper tells is done as on Kinetics
+    if name is None:
+        known = ", ".join(key for key in recipes if " " not in key)
+        raise ValueError(f"{args.method} has no recipe {args.recipe!r}; choose from {known}")
+    backbone = f"{name} {args.backbone}".replace("/", "-")
+    own = [key for key in recipes if " " in key and backbone.startswith(key)]  # some ViTs have their own
+    recipe = recipes[own[0] if own else name]
+    sampling = source.sampling if source and name not in (args.data, source.recipe) else {}
+    run = {**DEFAULTS, **recipe, **sampling, "method": args.method, "data": args.data, "recipe": name}
+    run["model"], run["augment"] = dict(run["model"]), dict(run["augment"])
+    return run
+
+
+def settings(args):
+    """A run's whole description as plain values, for its checkpoint: the method's recipe, overridden by flags."""
+    run = recipe_of(args)
+    if args.backbone and args.backbone != run["backbone"]:
+        run["pretrained"] = DEFAULTS["pretrained"]
+    override(run, args)
+    return run
+
+
+def override(run, args):
+    """Flags that were given replace the values of `run`."""
+    apart = ("model", "augment", "method", "recipe")
+    run.update(
+        {key: value for key, value in vars(args).items() if key in run and key not in apart and value is not None}
+    )
+    run["model"] |= read_set(run["method"], args.set or [])
+    for key, value in read_augment(args.augment or []).items():
+        for old in {"crop": ("crop", "short_side"), "short_side": ("crop", "short_side")}.get(key, (key,)):
+            run["augment"].pop(old, None)
+        run["augment"] |= {} if value is None else {key: value}
+    if args.lr is not None and args.lr_batch is None:
+        run["lr_batch"] = 0  # the rate that was asked for is the rate
+    if run["pretrained"] == "none":
+        run["pretrained"] = None
+    if run["precision"] is None:
+        on_gpu = (
+            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        )
+        run["precision"] = on_gpu if device_of(args).type == "cuda" else "fp32"
+
+
+def keywords_of(cls):
+    """The switches of a method's class, with their defaults."""
+    known = {key: p.default for key, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+    return {key: value for key, value in known.items() if key not in ("num_frames", "tune")}
+
+
+def read_set(method, items):
+    """["ratio=0.125", "blocks=top"] -> {"ratio": 0.125, "blocks": "top"}"""
+    allowed, values = {key: type(value) for key, value in keywords_of(METHODS[method][0]).items()}, {}
+    readers = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda text: tuple(map(int, text.split("x")))}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or key not in allowed:
+            raise ValueError(f"--set {item}: KEY=VALUE, where {method} knows the keys {', '.join(sorted(allowed))}")
+        try:
+            values[key] = readers.get(allowed[key], allowed[key])(value)
+        except (KeyError, ValueError):
+            kinds = {bool: "true or false", tuple: "numbers like 3x1x1"}
+            kind = kinds.get(allowed[key], f"of type {allowed[key].__name__}")
+            raise ValueError(f"--set {item}: the value must be {kind}") from None
+    return values
+
+
+def read_augment(items):
+    """["crop=0.5x1", "randaugment=4x7", "gray=none"] -> keywords of data.train_transform, None for what is dropped"""
+    pair, rate, values = 2, 1, {}
+    sizes = dict(crop=pair, short_side=pair, randaugment=pair, flip=rate, gray=rate, erasing=rate, jitter=rate)
+    for item in items:
+        key, _, text = item.partition("=")
+        try:
+            numbers = None if text == "none" else [float(part) for part in text.split("x")]
+            if key not in sizes or not (numbers is None or len(numbers) == sizes[key]):
+                raise ValueError
+        except ValueError:
+            how = ", ".join(f"{name}={'AxB' if size == pair else 'A'}" for name, size in sizes.items())
+            raise ValueError(f"--augment {item}: write {how}, with numbers, or none to drop one") from None
+        if key == "randaugment" and numbers:
+            values[key] = dict(num_ops=int(numbers[0]), magnitude=numbers[1])
+        else:
+            values[key] = numbers and (tuple(numbers) if len(numbers) == pair else numbers[0])
+    return values
+
+
+def device_of(args):
+    if args.device == "cpu" or not (args.device or torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch finds no GPU; leave the flag out to run on the CPU")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def build(run, num_classes, device):
+    """The model that `run` describes; frozen weights in half precision where it computes in that."""
+    torch.manual_seed(run["seed"])
+    clip = common.load_clip(run["backbone"], run["pretrained"], run["image_size"], run["quick_gelu"])
+    cls, _ = METHODS[run["method"]]
+    model = cls(clip, num_classes, num_frames=run["num_frames"], **run["model"]).to(device)
+    if run["recompute"]:
+        common.recompute(model)
+    if run["precision"] != "fp32":
+        common.cast_frozen(model, DTYPES[run["precision"]])
+    return model
+
+
+def autocast(run, device):
+    return torch.autocast(device.type, DTYPES[run["precision"]], enabled=run["precision"] != "fp32")
+
+
+# ---- Checkpoints
+
+
+def versions():
+    packages = ("torch", "torchvision", "open_clip_torch", "timm", "av")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def save(checkpoint, path):
+    """Writes beside `path`, then renames: if anything stops the writing, the old checkpoint is still whole."""
+    beside = path.with_suffix(".partial")
+    with open(beside, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read(path):
+    """Whatever torch.load can read without running any code of it -> dict"""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        tensors(checkpoint)
+    except Exception as e:  # whatever the unpickler says of a file that is not ours
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely, or it is damaged ({reason[:80]})") from e
+    return checkpoint
+
+
+def tensors(checkpoint):
+    """All tensors of a checkpoint by their whole names, however deeply nested."""
+    found = {}
+    for key, value in checkpoint.items():
+        nested = tensors(value) if isinstance(value, dict) else {}
+        found |= {f"{key}.{name}": tensor for name, tensor in nested.items()}
+        found |= {str(key): value} if isinstance(value, torch.Tensor) else {}
+    return found
+
+
+def is_ours(checkpoint):
+    return {"run", "state", "classes"} <= checkpoint.keys()
+
+
+def load(path):
+    """A checkpoint of ours."""
+    checkpoint = read(path)
+    if not is_ours(checkpoint):
+        raise ValueError(f"{path} is not a checkpoint of train.py; --init reads those of the methods' authors")
+    checkpoint["run"] = {**DEFAULTS, **checkpoint["run"]}  # an older one lacks newer settings
+    return checkpoint
+
+
+def unlike(path, known, classes, data):
+    """How the classes of a checkpoint differ from those of the data."""
+    text = f"{path} knows {len(known)} classes, which are not the {len(classes)} of {data}"
+    first = next((f" (the first that differs: {a!r}, {b!r})" for a, b in zip(known, classes) if a != b), "")
+    return text + first
+
+
+def refuse(path, run, args, keys, why):
+    """ValueError if a flag asks for another method, backbone, ... than the checkpoint has."""
+    for key in keys:
+        asked, there = getattr(args, key), run[key]
+        if asked is not None and str(asked).replace("/", "-") != str(there).replace("/", "-"):
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"{path} is of {flag} {there}, not {asked}: {why}")
+
+
+def start_from(path, run, args, classes, device):
+    """`build` with the weights of any checkpoint: ours, or one that a method's authors released -> model
+
+    With other classes than `classes`, the classifier is new. ValueError if the rest does not fit.
+    """
+    checkpoint = read(path)
+    ours = is_ours(checkpoint)
+    names = r"^head\.weight$" if ours else r"(^|\.)(fc|fc_cls)\.weight$"
+    found = tensors(checkpoint["state"] if ours else checkpoint)
+    head = next((tensor for name, tensor in found.items() if re.search(names, name)), None)
+    if head is None:
+        raise ValueError(f"{path} has no classifier among its keys: neither ours nor one of the authors' checkpoints")
+    model = build(run, len(head), device)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    if ours:
+        common.load_tuned(model, checkpoint["state"], path)
+    else:
+        _, load_official = RELEASED[run["method"]]
+        try:
+            load_official(model, checkpoint)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e} (is it of another --recipe, --backbone or --frames?)") from e
+    if any(not torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen):
+        run["pretrained"] = None  # it brought a backbone of its own, which no name leads to
+    known = (
+        checkpoint["classes"] if ours else classes if len(head) == len(classes) else [str(i) for i in range(len(head))]
+    )
+    if known != classes:
+        difference = unlike(path, known, classes, run["data"])
+        if args.eval:
+            raise ValueError(difference)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{difference}: the classifier is new")
+        torch.manual_seed(run["seed"])
+        model.head = common.classifier(model.head.in_features, len(classes)).to(device)
+    return model
+
+
+def settings_to_start_from(path, args):
+    """`settings` for the checkpoint's method; one of ours also brings its backbone and the method's keywords."""
+    checkpoint = read(path)
+    if is_ours(checkpoint):
+        theirs = {**DEFAULTS, **checkpoint["run"]}
+        refuse(path, theirs, args, ("method", "backbone", "num_frames", "image_size"), "--init takes over its shape")
+        args.method, args.backbone = theirs["method"], theirs["backbone"]
+        run = settings(args)
+        run |= {key: theirs[key] for key in ("image_size", "quick_gelu", "num_frames")}
+        run["pretrained"] = theirs["pretrained"] if args.pretrained is None else run["pretrained"]
+        run["model"] = theirs["model"] | read_set(args.method, args.set or [])
+        return run
+    keys = "\n".join(tensors(checkpoint))
+    method = next((method for method, (pattern, _) in RELEASED.items() if re.search(pattern, keys)), None)
+    if method is None:
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor one that the authors of a method released")
+    refuse(path, {"method": method}, args, ("method",), "its keys tell")
+    args.method = method
+    run = settings(args)
+    if run["quick_gelu"] is None and run["backbone"].replace("/", "-").startswith(("ViT-B-", "ViT-L-")):
+        run["quick_gelu"] = True  # the authors start from OpenAI's CLIP, which their files do not say
+    return run
+
+
 # ---- The command line
 
 
@@ -255,744 +991,6 @@ def plain(value):
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# ---- What a run is
-
-
-def recipe_of(args):
-    """The method's settings for this data and backbone, as its paper or its authors' code has them."""
-    _, recipes = METHODS[args.method]
-    source = DATASETS.get(args.data)
-    names = [args.recipe] if args.recipe else [args.data, source.recipe if source else args.data, "k400"]
-    name = next((name for name in names if name in recipes), None)  # what no paper tells is done as on Kinetics
-    if name is None:
-        known = ", ".join(key for key in recipes if " " not in key)
-        raise ValueError(f"{args.method} has no recipe {args.recipe!r}; choose from {known}")
-    backbone = f"{name} {args.backbone}".replace("/", "-")
-    own = [key for key in recipes if " " in key and backbone.startswith(key)]  # some ViTs have their own
-    recipe = recipes[own[0] if own else name]
-    sampling = source.sampling if source and name not in (args.data, source.recipe) else {}
-    run = {**DEFAULTS, **recipe, **sampling, "method": args.method, "data": args.data, "recipe": name}
-    run["model"], run["augment"] = dict(run["model"]), dict(run["augment"])
-    return run
-
-
-def settings(args):
-    """A run's whole description as plain values, for its checkpoint: the method's recipe, overridden by flags."""
-    run = recipe_of(args)
-    if args.backbone and args.backbone != run["backbone"]:
-        run["pretrained"] = DEFAULTS["pretrained"]
-    override(run, args)
-    return run
-
-
-def override(run, args):
-    """Flags that were given replace the values of `run`."""
-    apart = ("model", "augment", "method", "recipe")
-    run.update(
-        {key: value for key, value in vars(args).items() if key in run and key not in apart and value is not None}
-    )
-    run["model"] |= read_set(run["method"], args.set or [])
-    for key, value in read_augment(args.augment or []).items():
-        for old in {"crop": ("crop", "short_side"), "short_side": ("crop", "short_side")}.get(key, (key,)):
-            run["augment"].pop(old, None)
-        run["augment"] |= {} if value is None else {key: value}
-    if args.lr is not None and args.lr_batch is None:
-        run["lr_batch"] = 0  # the rate that was asked for is the rate
-    if run["pretrained"] == "none":
-        run["pretrained"] = None
-    if run["precision"] is None:
-        on_gpu = (
-            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        )
-        run["precision"] = on_gpu if device_of(args).type == "cuda" else "fp32"
-
-
-def keywords_of(cls):
-    """The switches of a method's class, with their defaults."""
-    known = {key: p.default for key, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
-    return {key: value for key, value in known.items() if key not in ("num_frames", "tune")}
-
-
-def read_set(method, items):
-    """["ratio=0.125", "blocks=top"] -> {"ratio": 0.125, "blocks": "top"}"""
-    allowed, values = {key: type(value) for key, value in keywords_of(METHODS[method][0]).items()}, {}
-    readers = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda text: tuple(map(int, text.split("x")))}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or key not in allowed:
-            raise ValueError(f"--set {item}: KEY=VALUE, where {method} knows the keys {', '.join(sorted(allowed))}")
-        try:
-            values[key] = readers.get(allowed[key], allowed[key])(value)
-        except (KeyError, ValueError):
-            kinds = {bool: "true or false", tuple: "numbers like 3x1x1"}
-            kind = kinds.get(allowed[key], f"of type {allowed[key].__name__}")
-            raise ValueError(f"--set {item}: the value must be {kind}") from None
-    return values
-
-
-def read_augment(items):
-    """["crop=0.5x1", "randaugment=4x7", "gray=none"] -> keywords of data.train_transform, None for what is dropped"""
-    pair, rate, values = 2, 1, {}
-    sizes = dict(crop=pair, short_side=pair, randaugment=pair, flip=rate, gray=rate, erasing=rate, jitter=rate)
-    for item in items:
-        key, _, text = item.partition("=")
-        try:
-            numbers = None if text == "none" else [float(part) for part in text.split("x")]
-            if key not in sizes or not (numbers is None or len(numbers) == sizes[key]):
-                raise ValueError
-        except ValueError:
-            how = ", ".join(f"{name}={'AxB' if size == pair else 'A'}" for name, size in sizes.items())
-            raise ValueError(f"--augment {item}: write {how}, with numbers, or none to drop one") from None
-        if key == "randaugment" and numbers:
-            values[key] = dict(num_ops=int(numbers[0]), magnitude=numbers[1])
-        else:
-            values[key] = numbers and (tuple(numbers) if len(numbers) == pair else numbers[0])
-    return values
-
-
-def device_of(args):
-    if args.device == "cpu" or not (args.device or torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch finds no GPU; leave the flag out to run on the CPU")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def build(run, num_classes, device):
-    """The model that `run` describes; frozen weights in half precision where it computes in that."""
-    torch.manual_seed(run["seed"])
-    clip = common.load_clip(run["backbone"], run["pretrained"], run["image_size"], run["quick_gelu"])
-    cls, _ = METHODS[run["method"]]
-    model = cls(clip, num_classes, num_frames=run["num_frames"], **run["model"]).to(device)
-    if run["recompute"]:
-        common.recompute(model)
-    if run["precision"] != "fp32":
-        common.cast_frozen(model, DTYPES[run["precision"]])
-    return model
-
-
-def autocast(run, device):
-    return torch.autocast(device.type, DTYPES[run["precision"]], enabled=run["precision"] != "fp32")
-
-
-class Place(NamedTuple):
-    """Where this process computes, which of how many it is, and how they talk beside the gradients: over the CPU."""
-
-    device: torch.device
-    rank: int
-    world: int
-    workers: int
-    group: dist.ProcessGroup | None = None
-
-    def batches(self, dataset, indices, batch_size):
-        return DataLoader(
-            Subset(dataset, indices),
-            batch_size,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=outlive_signals,
-        )
-
-    def agree(self, code):
-        """The largest code of all processes."""
-        if self.world > 1:
-            code = torch.tensor(code)
-            dist.all_reduce(code, dist.ReduceOp.MAX, group=self.group)
-        return int(code)
-
-    def gather(self, value):
-        """The values of all processes."""
-        values = [value]
-        if self.world > 1:
-            values = [None] * self.world
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
-
-def outlive_signals(worker):
-    """Ctrl-C and many a scheduler signal every process; a loader must live until the step has its batch, and no longer:
-    half a minute from the first SIGTERM, or to the second.
-    """
-
-    def once(signum, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(30)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, once)
-
-
-@contextlib.contextmanager
-def noted_signals(place):
-    """The list of SIGINT and SIGTERM that came, for the loop to look at; a second Ctrl-C stops at once."""
-    noted = []
-
-    def note(signum, frame):
-        if noted and signum == signal.SIGINT and place.world == 1:  # torchrun itself repeats it
-            raise KeyboardInterrupt
-        noted.append(signum)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-# ---- Training
-
-
-def parameter_groups(model, run):
-    """AdamW's groups: no decay on biases, norms and embeddings; `rate`, a multiple of the learning rate."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decay = 0.0 if p.ndim < 2 or "embedding" in name else run["weight_decay"]
-            rate = run["temporal_lr"] if "temporal_embedding" in name else 1.0
-            groups.setdefault((decay, rate), []).append(p)
-    return [{"params": ps, "weight_decay": decay, "rate": rate} for (decay, rate), ps in groups.items()]
-
-
-def warmup_cosine(step, steps, warmup):
-    """The fraction of the peak learning rate at `step`: a line from 0 to 1, then half a cosine down to 0."""
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def peak_rate(run):
-    return run["lr"] * (run["batch_size"] / run["lr_batch"] if run["lr_batch"] else 1)
-
-
-def epoch_order(run, num_clips, epoch, place, micro):
-    """This process's clips in this epoch, in order; a global batch holds the same clips for any number of processes."""
-    generator = torch.Generator().manual_seed(1_000_003 * run["seed"] + epoch)
-    order = torch.randperm(num_clips, generator=generator)
-    again = num_clips * torch.arange(run["repeat"])  # repeated sampling: item i + k num_clips is clip i, drawn anew
-    order = (order[:, None] + again).flatten()
-    order = order[: len(order) // run["batch_size"] * run["batch_size"]]
-    return order.view(-1, place.world, micro)[:, place.rank].flatten().tolist()
-
-
-class Seen:
-    """What this process's steps saw since the processes last met; losses come from the device when they are ready."""
-
-    def __init__(self, dataset, run):
-        self.dataset, self.scaled = dataset, run["precision"] == "fp16"
-        self.trouble, self.parts, self.coming = "", [], collections.deque()
-        self.reset()
-
-    def reset(self):
-        self.skipped, self.clips, self.loss, self.right = [], 0, 0.0, 0
-        self.waited, self.norm, self.overflows, self.began = 0.0, 0.0, 0, time.perf_counter()
-
-    @contextlib.contextmanager
-    def waiting(self):
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    def videos(self, passes):
-        for _, label, problems in passes:
-            self.skipped += filter(None, problems)
-            if label.min() < 0:
-                self.trouble = f"{TRIES} training videos in a row cannot be read; the first: {self.skipped[-1]}"
-
-    def forward(self, loss, logits, label):
-        """Of one pass: loss (B,)"""
-        self.parts.append(torch.stack([loss.detach(), (logits.argmax(1) == label).float()]))
-
-    def step(self, step, norm, items):
-        """Of one step: the gradient's norm, and the items that were in it."""
-        here = torch.cat(self.parts, dim=1).to("cpu", non_blocking=True), norm.to("cpu", non_blocking=True)
-        event = torch.cuda.Event() if norm.is_cuda else None
-        if event:
-            event.record()
-        self.parts = []
-        self.coming.append((event, step, items, *here))
-        self.look(behind=1 if event else 0)
-
-    def look(self, behind=0):
-        """Waits for all steps but so many. With one behind, the device always has a step before it."""
-        while len(self.coming) > behind:
-            event, step, items, (loss, right), norm = self.coming.popleft()
-            if event:
-                event.synchronize()
-            self.clips += len(loss)
-            self.loss += loss.sum().item()
-            self.right += int(right.sum())
-            self.norm = norm.item()
-            bad = [i for i, finite in zip(items, loss.isfinite()) if not finite]
-            if bad:  # named is what the epoch asked for: a broken video's stand-in goes by its name
-                paths = [self.dataset.clips[i % len(self.dataset)].path for i in bad]
-                few = ", ".join(paths[:8]) + f" and {len(paths) - 8} more" * (len(paths) > 8)
-                self.trouble = self.trouble or f"the loss is not finite at step {step} for {few}; try a smaller --lr"
-            elif not math.isfinite(self.norm) and self.scaled:
-                self.overflows += 1  # the scaler has left this step out, and halves its scale
-            elif not math.isfinite(self.norm):
-                self.trouble = self.trouble or f"the gradient is not finite at step {step}; try a smaller --lr"
-
-    def take(self):
-        """All of it, once the device is done -> plain values"""
-        self.look()
-        keys = ("trouble", "skipped", "clips", "loss", "right", "waited", "norm", "overflows")
-        taken = {key: getattr(self, key) for key in keys} | {"seconds": time.perf_counter() - self.began}
-        self.reset()
-        return taken
-
-
-class Log:
-    """log.jsonl, and what is seen of a run: a bar on a terminal, elsewhere a line now and then. Process 0 writes."""
-
-    def __init__(self, out, run, steps_per_epoch, at, rank):
-        self.run, self.steps = run, run["epochs"] * steps_per_epoch
-        self.first = self.done = at["epoch"] * steps_per_epoch + at["step"]
-        self.file, self.began, self.shown = None, time.monotonic(), -math.inf
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-            self.file = (out / "log.jsonl").open("ab")
-            if self.file.tell() > at["log"]:
-                self.file.truncate(at["log"])  # what a killed run logged after its last checkpoint is done again
-        hidden = None if rank == 0 else True  # None: no bar where there is no terminal
-        self.bar = tqdm(total=self.steps, initial=self.done, disable=hidden, unit="step", dynamic_ncols=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-        if self.file:
-            self.file.close()
-
-    def size(self):
-        return self.file.seek(0, os.SEEK_END)
-
-    def write(self, line):
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-
-    def tick(self):
-        self.done += 1
-        self.bar.update()
-
-    def window(self, at, parts, rate, device):
-        """The steps since the processes last met, `parts` from each of them."""
-        clips, loss, right, waited = (sum(part[key] for part in parts) for key in ("clips", "loss", "right", "waited"))
-        if not (self.file and clips):
-            return
-        seconds, norm = parts[0]["seconds"], parts[0]["norm"]
-        line = dict(
-            step=self.done,
-            epoch=at["epoch"] + 1,
-            loss=loss / clips,
-            top1=100 * right / clips,
-            lr=rate,
-            grad_norm=norm if math.isfinite(norm) else None,
-            clips_per_second=clips / seconds,
-            data_wait=waited / len(parts) / seconds,
-            memory_mb=memory_mb(device),
-            overflows=at["overflows"],
-            skipped=len(at["skipped"]),
-        )
-        self.write(line)
-        where = f"epoch {line['epoch']}/{self.run['epochs']}, loss {line['loss']:.3f}, top-1 {line['top1']:.1f} %"
-        pace = f"{line['clips_per_second']:.3g} clips/s, {line['data_wait']:.0%} data wait"
-        pace += f", {line['memory_mb'] / 1024:.1f} GB"
-        self.bar.set_postfix_str(f"{where}, {pace}")
-        now = time.monotonic()
-        if self.bar.disable and now - self.shown > 30:
-            left = (self.steps - self.done) * (now - self.began) / max(self.done - self.first, 1)
-            print(f"step {self.done}/{self.steps}, {where}, {pace}, {tqdm.format_interval(left)} left", flush=True)
-            self.shown = now
-
-    def epoch(self, line):
-        if self.file:
-            self.write(line)
-            val = f", val {describe(line)}" if "top1" in line else ""
-            took = tqdm.format_interval(line["seconds"])
-            train = f"train loss {line['train_loss']:.3f}, top-1 {line['train_top1']:.1f} %"
-            self.bar.write(f"epoch {line['epoch']}: {train}{val}, {took}")
-
-
-def memory_mb(device):
-    """The most that was in use: of the GPU's memory by tensors, or of the computer's by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def train(run, model, train_set, val_set, data, out, place, resumed=None):
-    """The loop -> (last evaluation, videos that were skipped); run.json, log.jsonl and checkpoint.pt go to `out`."""
-    device, rank, world = place.device, place.rank, place.world
-    micro = run["batch_size"] // (world * run["accumulate"])
-    steps_per_epoch = len(train_set) * run["repeat"] // run["batch_size"]
-    steps, warmup = run["epochs"] * steps_per_epoch, run["warmup_epochs"] * steps_per_epoch
-    optimizer = torch.optim.AdamW(parameter_groups(model, run), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=run["precision"] == "fp16")
-    at = dict(START, skipped=[], result={}, videos=len(train_set))
-    if resumed:
-        at = resumed["progress"]
-        if at["epoch"] == run["epochs"]:
-            if rank == 0:
-                print("this run is finished; with more --epochs it would go on")
-            return at["result"], at["skipped"]
-        if at["step"] and at["videos"] != len(train_set):
-            raise RunError(f"the run stopped inside an epoch of {at['videos']} videos; now there are {len(train_set)}")
-        at["videos"] = len(train_set)
-        optimizer.load_state_dict(resumed["optimizer"])
-        if scaler.is_enabled() and resumed["scaler"]:
-            scaler.load_state_dict(resumed["scaler"])
-    tuned = [p for group in optimizer.param_groups for p in group["params"]]
-    parallel = forward = model
-    if world > 1:  # reduces the gradients of what is tuned; batch norms share their statistics themselves
-        gpu = [device.index] if device.type == "cuda" else None
-        parallel = forward = DistributedDataParallel(model, gpu, gradient_as_bucket_view=True)
-    if run["compile"]:
-        forward = torch.compile(forward)
-    log, seen = Log(out, run, steps_per_epoch, at, rank), Seen(train_set, run)
-
-    def keep():
-        if rank == 0:
-            at["log"] = log.size()
-            # A random backbone is in no file but this one.
-            state = model.state_dict() if run["pretrained"] is None else common.tuned_state(model)
-            names = {"classes": data.classes, "groups": data.groups, "result": at["result"], "versions": versions()}
-            progress = {"progress": at, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save({"run": run, "state": state, **names, **progress}, out / "checkpoint.pt")
-
-    def meet():
-        """Puts together what the processes saw since they last met; RunError if one of them cannot go on."""
-        parts = place.gather(seen.take())
-        for key in ("clips", "loss", "right"):
-            at[key] += sum(part[key] for part in parts)
-        at["overflows"] += parts[0]["overflows"]
-        at["seconds"] += parts[0]["seconds"]
-        skipped = [text for part in parts for text in part["skipped"]]
-        at["failed"] += len(skipped)
-        at["skipped"] = list(dict.fromkeys(at["skipped"] + skipped))
-        troubles = dict.fromkeys(part["trouble"] for part in parts if part["trouble"])
-        if troubles:
-            raise RunError("; ".join(troubles))
-        if scaler.is_enabled() and scaler.get_scale() < 1e-6:
-            raise RunError(f"fp16 overflows at every scale, at step {log.done} too; try --precision bf16 or fp32")
-        if at["failed"] > max(FAILURES * at["clips"], 10):
-            few = f"{at['failed']} of {at['clips']} training videos cannot be read"
-            raise RunError(f"{few}, more than {FAILURES:.0%}; the last: {at['skipped'][-1]}")
-        log.window(at, parts, rate, device)
-
-    with log, noted_signals(place) as signals:
-        for epoch in range(at["epoch"], run["epochs"]):
-            model.train()
-            train_set.epoch = epoch
-            order = epoch_order(run, len(train_set), epoch, place, micro)
-            share = micro * run["accumulate"]  # of a step's clips, this process's
-            batches = iter(place.batches(train_set, order[share * at["step"] :], micro))
-            saved = time.monotonic()
-            seen.reset()
-            for i in range(at["step"], steps_per_epoch):
-                step = epoch * steps_per_epoch + i
-                torch.manual_seed((1_000_003 * run["seed"] + step) * 1009 + rank)  # a resumed run drops out the same
-                rate = peak_rate(run) * warmup_cosine(step, steps, warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["rate"]
-                with seen.waiting():
-                    passes = [next(batches) for _ in range(run["accumulate"])]
-                seen.videos(passes)
-                if place.agree(bool(seen.trouble or signals)):  # all processes go on, or none
-                    meet()
-                    keep()
-                    raise Stopped(at, place.gather(signals))
-
-                for k, (video, label, _) in enumerate(passes, 1):
-                    video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
-                    reduce = world == 1 or k == run["accumulate"]
-                    with contextlib.nullcontext() if reduce else parallel.no_sync():
-                        with autocast(run, device):
-                            logits = forward(common.normalize(video, model.vit)).float()
-                            smoothing = run["label_smoothing"]
-                            loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
-                        scaler.scale(loss.mean() / run["accumulate"]).backward()
-                    seen.forward(loss, logits, label)
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(tuned, run["clip_grad"] or math.inf)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-
-                seen.step(step + 1, norm, order[share * i : share * (i + 1)])
-                at["step"] = i + 1
-                log.tick()
-                if at["step"] % LOG_EVERY == 0 or at["step"] == steps_per_epoch:
-                    meet()  # waits for this step; elsewhere the loop waits for the step before, the next one queued
-                    if time.monotonic() - saved > 60 * run["save_every"]:
-                        keep()
-                        saved = time.monotonic()
-
-            line = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
-            line |= {"train_loss": at["loss"] / at["clips"], "train_top1": 100 * at["right"] / at["clips"]}
-            if (epoch + 1) % run["eval_every"] == 0 or epoch + 1 == run["epochs"]:
-                keep()  # killed while it evaluates, a run has lost no step
-                began = time.perf_counter()
-                evaluated = evaluate(model, val_set, data, run, place, signals)
-                if evaluated is None:
-                    raise Stopped(at, place.gather(signals))
-                at["result"], at["seconds"] = evaluated.result, at["seconds"] + time.perf_counter() - began
-                at["skipped"] = list(dict.fromkeys(at["skipped"] + evaluated.skipped))
-                line |= evaluated.result
-                if rank == 0:
-                    write_tables(evaluated, data.classes, out, "val")
-            log.epoch(line | {"seconds": round(at["seconds"], 1), "overflows": at["overflows"]})
-            at |= dict(START, epoch=epoch + 1, overflows=at["overflows"])
-            keep()
-    return at["result"], at["skipped"]
-
-
-# How far a run is: epochs, steps of the epoch and what they saw, and where log.jsonl ended.
-START = dict(epoch=0, step=0, clips=0, loss=0.0, right=0, failed=0, seconds=0.0, overflows=0, log=0)
-
-
-# ---- Checkpoints
-
-
-def versions():
-    packages = ("torch", "torchvision", "open_clip_torch", "timm", "av")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def save(checkpoint, path):
-    """Writes beside `path`, then renames: if anything stops the writing, the old checkpoint is still whole."""
-    beside = path.with_suffix(".partial")
-    with open(beside, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def read(path):
-    """Whatever torch.load can read without running any code of it -> dict"""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        tensors(checkpoint)
-    except Exception as e:  # whatever the unpickler says of a file that is not ours
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"{path} is not a checkpoint that can be read safely, or it is damaged ({reason[:80]})") from e
-    return checkpoint
-
-
-def tensors(checkpoint):
-    """All tensors of a checkpoint by their whole names, however deeply nested."""
-    found = {}
-    for key, value in checkpoint.items():
-        nested = tensors(value) if isinstance(value, dict) else {}
-        found |= {f"{key}.{name}": tensor for name, tensor in nested.items()}
-        found |= {str(key): value} if isinstance(value, torch.Tensor) else {}
-    return found
-
-
-def is_ours(checkpoint):
-    return {"run", "state", "classes"} <= checkpoint.keys()
-
-
-def load(path):
-    """A checkpoint of ours."""
-    checkpoint = read(path)
-    if not is_ours(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of train.py; --init reads those of the methods' authors")
-    checkpoint["run"] = {**DEFAULTS, **checkpoint["run"]}  # an older one lacks newer settings
-    return checkpoint
-
-
-def unlike(path, known, classes, data):
-    """How the classes of a checkpoint differ from those of the data."""
-    text = f"{path} knows {len(known)} classes, which are not the {len(classes)} of {data}"
-    first = next((f" (the first that differs: {a!r}, {b!r})" for a, b in zip(known, classes) if a != b), "")
-    return text + first
-
-
-def refuse(path, run, args, keys, why):
-    """ValueError if a flag asks for another method, backbone, ... than the checkpoint has."""
-    for key in keys:
-        asked, there = getattr(args, key), run[key]
-        if asked is not None and str(asked).replace("/", "-") != str(there).replace("/", "-"):
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(f"{path} is of {flag} {there}, not {asked}: {why}")
-
-
-def start_from(path, run, args, classes, device):
-    """`build` with the weights of any checkpoint: ours, or one that a method's authors released -> model
-
-    With other classes than `classes`, the classifier is new. ValueError if the rest does not fit.
-    """
-    checkpoint = read(path)
-    ours = is_ours(checkpoint)
-    names = r"^head\.weight$" if ours else r"(^|\.)(fc|fc_cls)\.weight$"
-    found = tensors(checkpoint["state"] if ours else checkpoint)
-    head = next((tensor for name, tensor in found.items() if re.search(names, name)), None)
-    if head is None:
-        raise ValueError(f"{path} has no classifier among its keys: neither ours nor one of the authors' checkpoints")
-    model = build(run, len(head), device)
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    if ours:
-        common.load_tuned(model, checkpoint["state"], path)
-    else:
-        _, load_official = RELEASED[run["method"]]
-        try:
-            load_official(model, checkpoint)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e} (is it of another --recipe, --backbone or --frames?)") from e
-    if any(not torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen):
-        run["pretrained"] = None  # it brought a backbone of its own, which no name leads to
-    known = (
-        checkpoint["classes"] if ours else classes if len(head) == len(classes) else [str(i) for i in range(len(head))]
-    )
-    if known != classes:
-        difference = unlike(path, known, classes, run["data"])
-        if args.eval:
-            raise ValueError(difference)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{difference}: the classifier is new")
-        torch.manual_seed(run["seed"])
-        model.head = common.classifier(model.head.in_features, len(classes)).to(device)
-    return model
-
-
-def settings_to_start_from(path, args):
-    """`settings` for the checkpoint's method; one of ours also brings its backbone and the method's keywords."""
-    checkpoint = read(path)
-    if is_ours(checkpoint):
-        theirs = {**DEFAULTS, **checkpoint["run"]}
-        refuse(path, theirs, args, ("method", "backbone", "num_frames", "image_size"), "--init takes over its shape")
-        args.method, args.backbone = theirs["method"], theirs["backbone"]
-        run = settings(args)
-        run |= {key: theirs[key] for key in ("image_size", "quick_gelu", "num_frames")}
-        run["pretrained"] = theirs["pretrained"] if args.pretrained is None else run["pretrained"]
-        run["model"] = theirs["model"] | read_set(args.method, args.set or [])
-        return run
-    keys = "\n".join(tensors(checkpoint))
-    method = next((method for method, (pattern, _) in RELEASED.items() if re.search(pattern, keys)), None)
-    if method is None:
-        raise ValueError(f"{path} is neither a checkpoint of train.py nor one that the authors of a method released")
-    refuse(path, {"method": method}, args, ("method",), "its keys tell")
-    args.method = method
-    run = settings(args)
-    if run["quick_gelu"] is None and run["backbone"].replace("/", "-").startswith(("ViT-B-", "ViT-L-")):
-        run["quick_gelu"] = True  # the authors start from OpenAI's CLIP, which their files do not say
-    return run
-
-
-# ---- Evaluating and using
-
-
-class Evaluated(NamedTuple):
-    """result: top-1 and top-5 in percent, videos counted, and `top1 GROUP` over each group of classes. skipped: why and
-    which videos are not counted. confusion (true class, predicted class) and among_five (true class): videos.
-    """
-
-    result: dict
-    skipped: list
-    confusion: torch.Tensor
-    among_five: torch.Tensor
-
-
-@torch.no_grad()
-def evaluate(model, dataset, data, run, place, signals=()):
-    """Over a testing VideoDataset, each video counted once, by one process -> Evaluated; None if a signal came."""
-    model.eval()
-    views, C = math.prod(run["views"]), len(data.classes)
-    device = place.device
-    own = range(place.rank, len(dataset), place.world)
-    batches = place.batches(dataset, own, max(run["batch_size"] // (place.world * run["accumulate"] * views), 1))
-    confusion, among_five = torch.zeros(C, C, device=device), torch.zeros(C, device=device)
-    skipped = []
-    hidden = None if place.rank == 0 else True  # None: no bar where there is no terminal
-    for video, label, problems in tqdm(batches, desc="evaluating", leave=False, disable=hidden, dynamic_ncols=True):
-        if signals:
-            break
-        skipped += filter(None, problems)
-        readable = label >= 0
-        if not readable.any():
-            continue
-        label = label[readable].to(device, non_blocking=True)
-        video = video if readable.all() else video[readable]
-        best = probabilities(model, video, run, device).topk(min(5, C)).indices
-        confusion.view(-1).index_add_(0, label * C + best[:, 0], torch.ones_like(label, dtype=torch.float32))
-        among_five.index_add_(0, label, (best == label[:, None]).any(1).float())
-    if place.agree(bool(signals)):
-        return None
-    parts = place.gather((skipped, confusion.cpu().long(), among_five.cpu().long()))
-    skipped = list(dict.fromkeys(text for part in parts for text in part[0]))
-    confusion, among_five = sum(part[1] for part in parts), sum(part[2] for part in parts)
-
-    videos, right = confusion.sum(1), confusion.diag()
-    if not videos.sum():
-        raise VideoError(f"none of the {len(dataset)} videos to evaluate can be read; the first: {skipped[0]}")
-    top1, top5 = (100 * counts.sum().item() / videos.sum().item() for counts in (right, among_five))
-    result = {"top1": top1, "top5": top5, "videos": videos.sum().item()}
-    for group, names in data.groups.items():
-        chosen = [data.classes.index(name) for name in names]
-        result[f"top1 {group}"] = 100 * right[chosen].sum().item() / max(videos[chosen].sum().item(), 1)
-    return Evaluated(result, skipped, confusion, among_five)
-
-
-def probabilities(model, video, run, device):
-    """uint8 video (B, V, T, 3, H, W) -> class probabilities (B, num_classes), the mean over the V views"""
-    video = video.to(device, non_blocking=True)
-    with autocast(run, device):
-        logits = model(common.normalize(video.flatten(0, 1), model.vit))
-    return logits.float().softmax(-1).unflatten(0, video.shape[:2]).mean(1)
-
-
-def describe(result):
-    """The top-1, with that of each group of classes, or else the top-5."""
-    parts = [f"{key.removeprefix('top1 ')} {value:.1f} %" for key, value in result.items() if key.startswith("top1 ")]
-    parts = parts or [f"top-5 {result['top5']:.1f} %"]
-    return f"top-1 {result['top1']:.1f} % ({', '.join(parts)})"
-
-
-def write_tables(evaluated, classes, folder, split):
-    """SPLIT_classes.csv: accuracy by class; SPLIT_confusion.csv: a row for each true class, a column for each guess."""
-    folder.mkdir(parents=True, exist_ok=True)
-    confusion, among_five = evaluated.confusion.tolist(), evaluated.among_five.tolist()
-    with open(folder / f"{split}_classes.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["class", "videos", "top1", "top5"])
-        for c, name in enumerate(classes):
-            videos = sum(confusion[c])
-            shares = [f"{100 * count / videos:.2f}" if videos else "" for count in (confusion[c][c], among_five[c])]
-            table.writerow([name, videos, *shares])
-    with open(folder / f"{split}_confusion.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["true \\ predicted", *classes])
-        table.writerows([name, *row] for name, row in zip(classes, confusion))
-
-
-@torch.no_grad()
-def predict(run, model, videos, classes, device):
-    """Prints the five likeliest classes of each video; VideoError, after the others, for those that are broken."""
-    model.eval()
-    clips = [Clip(video, 0) for video in videos]
-    dataset = VideoDataset(clips, run["num_frames"], model.vit.image_size, run["span"], run["views"])
-    problems = []
-    for clip, (video, _, problem) in zip(clips, dataset):
-        if problem:
-            problems.append(problem)
-            continue
-        p, best = probabilities(model, video[None], run, device)[0].topk(min(5, len(classes)))
-        shares = (f"{100 * share:5.1f} %  {classes[c]}" for share, c in zip(p.tolist(), best.tolist()))
-        print(clip.path, *shares, sep="\n  ", flush=True)
-    if problems:
-        raise VideoError("; ".join(problems))
-
-
 # ---- From the command line to the job
 
 
@@ -1123,6 +1121,11 @@ def prepare(args):
     if data.missing and rank == 0:
         print(*data.missing, sep="\n", file=sys.stderr)
     train_set = VideoDataset(data.train, augment=run["augment"], seed=run["seed"], flip=data.flip, **shape)
+    at = checkpoint["progress"] if checkpoint else START
+    if at["step"] and at["videos"] != len(train_set):
+        raise ValueError(f"the run stopped inside an epoch of {at['videos']} videos; now there are {len(train_set)}")
+    if at["epoch"] == run["epochs"] and rank == 0:
+        print("this run is finished; with more --epochs it would go on")
     if len(train_set) * run["repeat"] < run["batch_size"]:
         there, batch = len(train_set), run["batch_size"]
         raise ValueError(f"{there} training videos do not fill a batch of {batch}: choose a smaller --batch-size")

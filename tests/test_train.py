@@ -631,9 +631,20 @@ next(batches)
 print([worker.pid for worker in batches._workers])
 batches._shutdown_workers = None  # whatever keeps it from saying goodbye
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     pids = json.loads(done.stdout)
-    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert len(pids) == 2
+
+    def runs(pid):
+        try:  # a dead process whose parent is gone may stay listed
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    end = time.monotonic() + 60
+    while any(map(runs, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(runs, pids))
 
 
 def test_a_signal_while_evaluating_stops_and_what_was_trained_is_kept(folder, tmp_path, monkeypatch, capsys):
