@@ -605,10 +605,8 @@ def settings(args):
 
 def override(run, args):
     """Flags that were given replace the values of `run`."""
-    apart = ("model", "augment", "method", "recipe")
-    run.update(
-        {key: value for key, value in vars(args).items() if key in run and key not in apart and value is not None}
-    )
+    settable = run.keys() - {"model", "augment", "method", "recipe"}
+    run.update((key, value) for key, value in vars(args).items() if key in settable and value is not None)
     run["model"] |= read_set(run["method"], args.set or [])
     for key, value in read_augment(args.augment or []).items():
         for old in {"crop": ("crop", "short_side"), "short_side": ("crop", "short_side")}.get(key, (key,)):
@@ -618,11 +616,10 @@ def override(run, args):
         run["lr_batch"] = 0  # the rate that was asked for is the rate
     if run["pretrained"] == "none":
         run["pretrained"] = None
-    if run["precision"] is None:
-        on_gpu = (
-            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        )
-        run["precision"] = on_gpu if device_of(args).type == "cuda" else "fp32"
+    if run["precision"] is None and device_of(args).type == "cpu":
+        run["precision"] = "fp32"
+    elif run["precision"] is None:
+        run["precision"] = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def keywords_of(cls):
@@ -787,9 +784,11 @@ def start_from(path, run, args, classes, device):
             raise ValueError(f"{path}: {e} (is it of another --recipe, --backbone or --frames?)") from e
     if any(not torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen):
         run["pretrained"] = None  # it brought a backbone of its own, which no name leads to
-    known = (
-        checkpoint["classes"] if ours else classes if len(head) == len(classes) else [str(i) for i in range(len(head))]
-    )
+    known = [str(i) for i in range(len(head))]
+    if ours:
+        known = checkpoint["classes"]
+    elif len(head) == len(classes):
+        known = classes  # released files name none
     if known != classes:
         difference = unlike(path, known, classes, run["data"])
         if args.eval:
@@ -925,15 +924,8 @@ def parse(argv):
     flag(recipe, "--repeat", "clips drawn from a video an epoch (repeated sampling)", type=number)
     text = "video frames that a clip spans, T at even steps; 0: one from each of T segments of the video"
     flag(recipe, "--span", text, type=natural)
-    flag(
-        recipe,
-        "--views",
-        "evaluation views a video",
-        " ".join(map(str, shown["views"])),
-        nargs=2,
-        type=number,
-        metavar=("TEMPORAL", "SPATIAL"),
-    )
+    views, pair = " ".join(map(str, shown["views"])), ("TEMPORAL", "SPATIAL")
+    flag(recipe, "--views", "evaluation views a video", views, nargs=2, type=number, metavar=pair)
     flag(recipe, "--eval-every", "evaluate every N epochs and after the last", type=number, metavar="N")
     flag(recipe, "--save-every", "save after so long, beside each epoch's end", type=real, metavar="MINUTES")
 
@@ -1027,13 +1019,8 @@ def check_resumable(path, checkpoint, args):
     if args.epochs and args.epochs != run["epochs"] and args.epochs <= at["epoch"]:
         raise ValueError(f"--epochs {args.epochs}: this run has done {at['epoch']} already")
     if at["step"]:
-        refuse(
-            path,
-            run,
-            args,
-            ("batch_size", "repeat", "data", "seed", "fold"),
-            f"it stopped inside epoch {at['epoch'] + 1}",
-        )
+        order = ("batch_size", "repeat", "data", "seed", "fold")
+        refuse(path, run, args, order, f"it stopped inside epoch {at['epoch'] + 1}")
 
 
 def setting(args, out):
@@ -1146,21 +1133,16 @@ def introduce(run, model, data, place, out):
     """The recipe that the run uses, as run.json in its folder has it."""
     total, tunable = (n / 1e6 for n in common.count_parameters(model))
     apart = ("method", "data", "recipe", "model", "augment")
-    words = [
-        f"{key}={plain(value)}"
-        for key, value in run.items()
-        if key not in apart and value is not None and value is not False
-    ]
+    own = {key: value for key, value in run.items() if key not in apart and value is not None and value is not False}
+    words = [f"{key}={plain(value)}" for key, value in own.items()]
     words += [f"{key}={plain(value)}" for name in ("augment", "model") for key, value in run[name].items()]
     if run["lr_batch"]:
         words.append(f"peak_lr={peak_rate(run):g}")
     print(f"{run['method']} on {run['data']}, recipe {run['recipe']}, into {out}")
     print(textwrap.fill(" ".join(words), 110, initial_indent="  ", subsequent_indent="  "))
-    print(
-        f"  {len(data.train):,} videos to train on, {len(data.val):,} to evaluate on, {len(data.classes)} classes;",
-        end=" ",
-    )
-    print(f"{tunable:.2f} of {total:.2f} M parameters tuned, on {place.world} x {place.device.type}", flush=True)
+    videos = f"{len(data.train):,} videos to train on, {len(data.val):,} to evaluate on, {len(data.classes)} classes"
+    tuned = f"{tunable:.2f} of {total:.2f} M parameters tuned"
+    print(f"  {videos}; {tuned}, on {place.world} x {place.device.type}", flush=True)
 
 
 def main(argv=None):
