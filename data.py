@@ -393,7 +393,8 @@ def find_clips(data, root=None, val_data=None, annotations=None, fold=1, skip=No
 
     root: where the videos are, at any depth; where toy is written; what the paths of list files start at (default: the
     list's own folder). val_data: the list to evaluate on. annotations: where a named dataset's annotation files are, if
-    not in root. fold: of UCF101's and HMDB51's three. skip: a file of paths to leave out, as `check` writes.
+    not in root. fold: of UCF101's and HMDB51's three. skip: a file of paths to leave out, as `check` writes,
+    or `path: why`, as a run does.
     Raises ValueError or FileNotFoundError that say what was looked for.
     """
     path = Path(data)
@@ -412,8 +413,12 @@ def find_clips(data, root=None, val_data=None, annotations=None, fold=1, skip=No
         known = ", ".join(["toy", *DATASETS])
         raise FileNotFoundError(f"unknown data {data!r}: neither one of {known} nor an existing folder or list file")
     if skip:
-        unwanted = set(Path(skip).read_text(encoding="utf-8").splitlines())
-        kept = {split: Clips(c for c in getattr(found, split) if c.path not in unwanted) for split in SPLITS}
+        named_there = [line for line in Path(skip).read_text(encoding="utf-8").splitlines() if line]
+        unwanted = {os.path.abspath(path) for line in named_there for path in (line, line.partition(": ")[0])}
+        every = {split: getattr(found, split) for split in SPLITS}
+        kept = {split: Clips(c for c in every[split] if os.path.abspath(c.path) not in unwanted) for split in SPLITS}
+        if named_there and all(len(kept[split]) == len(every[split]) for split in SPLITS):
+            raise ValueError(f"--skip {skip}: none of its {len(named_there)} lines is the path of a video of {data}")
         found = found._replace(**kept)
     return found
 
@@ -644,13 +649,16 @@ def class_folders(folder):
     if not (folder / "train").is_dir() or not (folder / "val").is_dir():
         lacking = "val" if (folder / "train").is_dir() else "train"
         raise FileNotFoundError(f"{folder} must hold train/CLASS/*.mp4 and val/CLASS/*.mp4; it has no {lacking}/")
-    classes = sorted(d.name for d in (folder / "train").iterdir() if d.is_dir())
+    hidden = re.compile(r"\.|__MACOSX$")  # what desktops and notebooks leave behind
+    classes = sorted(d.name for d in (folder / "train").iterdir() if d.is_dir() and not hidden.match(d.name))
     splits = {}
     for split in ("train", "val", "test"):
         splits[split] = clips = []
         for d in sorted((folder / split).iterdir()) if (folder / split).is_dir() else []:
             if d.is_dir():
                 videos = sorted(v for v in d.iterdir() if v.suffix.lower() in VIDEO_SUFFIXES)
+                if not videos and split == "train" and d.name in classes:
+                    raise ValueError(f"{d} holds no video: remove it, or it would be a class that nothing shows")
                 if videos and d.name not in classes:
                     raise ValueError(f"{d} is a class that {folder / 'train'} does not have")
                 clips += [Clip(str(v), classes.index(d.name)) for v in videos]
@@ -914,7 +922,7 @@ def check(args):
                 common = ", ".join(f"{value} ({n:,})" for value, n in counter.most_common(4))
                 print(f"  {what}: {common}{' ...' if len(counter) > 4 else ''}")
     if broken:
-        args.out.write_text("".join(f"{path}\n" for path, _ in broken), encoding="utf-8")
+        args.out.write_text("".join(f"{os.path.abspath(path)}\n" for path, _ in broken), encoding="utf-8")
         print(f"{len(broken):,} broken videos, listed in {args.out}; train.py --skip {args.out} leaves them out:")
         print(*(f"  {problem}" for _, problem in broken[:10]), sep="\n")
     return len(broken)

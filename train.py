@@ -15,6 +15,7 @@ The defaults below are those of --method METHOD --data DATA; name yours before -
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import csv
@@ -22,6 +23,7 @@ import importlib.metadata
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -30,6 +32,7 @@ import signal
 import sys
 import textwrap
 import time
+import zlib
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -139,7 +142,7 @@ def train(run, model, train_set, val_set, data, out, place, resumed=None):
     at = resumed["progress"] if resumed else dict(START, skipped=[], result={})
     if at["epoch"] == run["epochs"]:
         return at["result"], at["skipped"]
-    at["videos"] = len(train_set)
+    at |= {"data": run["data"], "videos": fingerprint(data.train)}
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         if scaler.is_enabled() and resumed["scaler"]:
@@ -307,7 +310,7 @@ def predict(run, model, videos, classes, device):
         shares = (f"{100 * share:5.1f} %  {classes[c]}" for share, c in zip(p.tolist(), best.tolist()))
         print(clip.path, *shares, sep="\n  ", flush=True)
     if problems:
-        raise VideoError("; ".join(problems))
+        raise VideoError("\n  ".join(problems))
 
 
 def write_tables(evaluated, classes, folder, split):
@@ -543,16 +546,19 @@ class Place(NamedTuple):
 
 
 def outlive_signals(worker):
-    """Ctrl-C and many a scheduler signal every process; a loader must live until the step has its batch, and no longer:
-    half a minute from the first SIGTERM, or to the second.
-    """
-
-    def once(signum, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(30)
-
+    """Ctrl-C and many a scheduler signal every process; a loader must live until the step has its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, once)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def dismiss_loaders():
+    """A process ends its children by SIGTERM and waits for them: loaders would keep it waiting."""
+    loaders = multiprocessing.active_children()
+    if loaders:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's own would call their end an error
+    for loader in loaders:
+        loader.kill()
 
 
 @contextlib.contextmanager
@@ -658,6 +664,16 @@ def read_augment(items):
         except ValueError:
             how = ", ".join(f"{name}={'AxB' if size == pair else 'A'}" for name, size in sizes.items())
             raise ValueError(f"--augment {item}: write {how}, with numbers, or none to drop one") from None
+        low, high = {"jitter": (0, math.inf), "short_side": (1, math.inf)}.get(key, (0, 1))
+        rule = f"numbers from {low} to {high}, the smaller one first"
+        right = numbers is None or low <= numbers[0] <= numbers[-1] <= high
+        if key == "crop" and numbers:
+            right = right and numbers[0] > 0
+        if key == "randaugment" and numbers:
+            rule = "a whole number of operations, and a magnitude from 0 to 30"
+            right = numbers[0] >= 1 and numbers[0].is_integer() and 0 <= numbers[1] <= 30
+        if not right:
+            raise ValueError(f"--augment {item}: {rule}")
         if key == "randaugment" and numbers:
             values[key] = dict(num_ops=int(numbers[0]), magnitude=numbers[1])
         else:
@@ -701,11 +717,15 @@ def versions():
 def save(checkpoint, path):
     """Writes beside `path`, then renames: if anything stops the writing, the old checkpoint is still whole."""
     beside = path.with_suffix(".partial")
-    with open(beside, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a full disk into the latter
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: is the disk full?") from error
 
 
 def read(path):
@@ -716,8 +736,7 @@ def read(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         tensors(checkpoint)
     except Exception as e:  # whatever the unpickler says of a file that is not ours
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"{path} is not a checkpoint that can be read safely, or it is damaged ({reason[:80]})") from e
+        raise ValueError(f"{path} is not a checkpoint that can be read safely, or it is damaged") from e
     return checkpoint
 
 
@@ -846,6 +865,18 @@ def real(text):
     raise argparse.ArgumentTypeError(f"must be a number, 0 or more, not {text!r}")
 
 
+def share(text):
+    if real(text) > 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
+    return float(text)
+
+
+def seed(text):
+    if natural(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be less than {2**32}, not {text!r}")
+    return int(text)
+
+
 def parse(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--method", "--data", "--backbone", "--recipe"):
@@ -885,7 +916,7 @@ def parse(argv):
     flag(job, "--resume", text, action="store_true")
     text = "the run's folder, or where --eval writes its tables"
     flag(job, "--out", text, "runs/METHOD-DATA, numbered if taken; beside the checkpoint", type=Path)
-    flag(job, "--seed", "of the new weights, the order and the augmentation", type=natural)
+    flag(job, "--seed", "of the new weights, the order and the augmentation", type=seed)
 
     data = p.add_argument_group("data")
     names = ", ".join(["toy", *DATASETS])
@@ -918,7 +949,7 @@ def parse(argv):
     flag(recipe, "--temporal-lr", "the temporal embedding's learning rate, as a multiple of --lr", type=real)
     flag(recipe, "--weight-decay", "none on biases, norms and embeddings", type=real)
     flag(recipe, "--clip-grad", "largest gradient norm; 0: no clipping", type=real)
-    flag(recipe, "--label-smoothing", "share of the target spread over all classes", type=real)
+    flag(recipe, "--label-smoothing", "share of the target spread over all classes", type=share)
     text = "crop=LEASTxMOST, or short_side, gray, erasing, jitter, randaugment=OPSxMAGNITUDE, flip; KEY=none drops one"
     flag(recipe, "--augment", text, augment, nargs="+", metavar="KEY=VALUE")
     flag(recipe, "--repeat", "clips drawn from a video an epoch (repeated sampling)", type=number)
@@ -966,6 +997,18 @@ def checked(p, args):
             p.error(f"{flag} is fixed by the checkpoint")
         if job and key not in HEARD[job].split():
             p.error(f"{flag} means nothing to {job}")
+    kind = "named" if args.data in DATASETS else "toy" if args.data == "toy" else "list"
+    if kind == "list" and args.data and Path(args.data).is_dir():
+        kind = "folder"
+    heard = {
+        "data_root": ("named", "toy", "list"),
+        "val_data": ("list",),
+        "annotations": ("named",),
+        "fold": ("named",),
+    }
+    for key in heard.keys() & given if args.data else ():
+        if kind not in heard[key]:
+            p.error(f"--{key.replace('_', '-')} means nothing to --data {args.data}")
     if args.split and not args.eval:
         p.error("--split goes with --eval: training is watched on val")
     if not job and not (args.data and (args.method or args.init)):
@@ -994,12 +1037,13 @@ def run_folder(args):
         if (args.out / "checkpoint.pt").exists() and not args.resume:
             raise ValueError(f"{args.out} holds a run already: --resume goes on with it, or choose another --out")
         return args.out
-    base = Path("runs") / f"{args.method}-{Path(args.data).stem}"
-    last, count, out = None, 1, base
-    while (out / "run.json").exists() or (out / "checkpoint.pt").exists():
-        last, count = out, count + 1
-        out = base.with_name(f"{base.name}-{count}")
-    return (last or out) if args.resume else out
+    data = Path(args.data).resolve()
+    base = Path("runs") / f"{args.method}-{data.name if data.is_dir() else data.stem}"
+    numbered = re.compile(re.escape(base.name) + r"(?:-(\d+))?")
+    found = (numbered.fullmatch(path.name) for path in (base.parent.iterdir() if base.parent.is_dir() else ()))
+    last = max((int(match[1] or 1) for match in found if match), default=0)
+    number = max(last, 1) if args.resume else last + 1
+    return base if number == 1 else base.with_name(f"{base.name}-{number}")
 
 
 def check_resumable(path, checkpoint, args):
@@ -1007,8 +1051,8 @@ def check_resumable(path, checkpoint, args):
     run = checkpoint["run"]
     if "progress" not in checkpoint:
         raise ValueError(f"{path} can be evaluated, but not resumed: it is merged, or older than this train.py")
-    keys = ("method", "backbone", "num_frames", "image_size", "recipe", "weight_decay", "temporal_lr")
-    refuse(path, run, args, keys, "--resume cannot change that")
+    keys = ("method", "backbone", "num_frames", "image_size", "recipe", "weight_decay", "temporal_lr", "init")
+    refuse(path, run, args, (*keys, "seed", "fold", "repeat"), "--resume cannot change that")
     if run["init"] is None and args.pretrained is not None and args.pretrained != (run["pretrained"] or "none"):
         raise ValueError(f"{path} is of --pretrained {run['pretrained'] or 'none'}, not {args.pretrained}")
     args.pretrained = None  # after --init, the backbone is in the checkpoint
@@ -1019,8 +1063,7 @@ def check_resumable(path, checkpoint, args):
     if args.epochs and args.epochs != run["epochs"] and args.epochs <= at["epoch"]:
         raise ValueError(f"--epochs {args.epochs}: this run has done {at['epoch']} already")
     if at["step"]:
-        order = ("batch_size", "repeat", "data", "seed", "fold")
-        refuse(path, run, args, order, f"it stopped inside epoch {at['epoch'] + 1}")
+        refuse(path, run, args, ["batch_size"], f"it stopped inside epoch {at['epoch'] + 1}")
 
 
 def setting(args, out):
@@ -1045,6 +1088,8 @@ def setting(args, out):
         check_resumable(path, checkpoint, args)
     else:
         refuse(path, run, args, ("method", "backbone"), "leave the flag out")
+        if args.pretrained == "none" and run["pretrained"] is not None:
+            raise ValueError(f"{path} was trained on --pretrained {run['pretrained']}: random weights do not fit it")
         run["compile"] = False
         if device_of(args).type == "cpu":
             run["precision"] = None  # a GPU's is no choice for a CPU
@@ -1109,17 +1154,30 @@ def prepare(args):
         print(*data.missing, sep="\n", file=sys.stderr)
     train_set = VideoDataset(data.train, augment=run["augment"], seed=run["seed"], flip=data.flip, **shape)
     at = checkpoint["progress"] if checkpoint else START
-    if at["step"] and at["videos"] != len(train_set):
-        raise ValueError(f"the run stopped inside an epoch of {at['videos']} videos; now there are {len(train_set)}")
-    if at["epoch"] == run["epochs"] and rank == 0:
-        print("this run is finished; with more --epochs it would go on")
+    if checkpoint and at["videos"] != fingerprint(data.train) and (at["step"] or at["data"] != run["data"]):
+        where = "inside an epoch of" if at["step"] else "after an epoch of"
+        raise ValueError(f"the run stopped {where} other training videos than those of --data {run['data']}")
     if len(train_set) * run["repeat"] < run["batch_size"]:
         there, batch = len(train_set), run["batch_size"]
         raise ValueError(f"{there} training videos do not fill a batch of {batch}: choose a smaller --batch-size")
     run["image_size"] = model.vit.image_size
-    if rank == 0:
+    if rank == 0 and at["epoch"] == run["epochs"]:
+        print("this run is finished; with more --epochs it would go on")
+    elif rank == 0:
+        while not (args.out or args.resume):
+            try:
+                out.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run has taken it meanwhile
+                out = run_folder(args)
         introduce(run, model, data, place, out)
     return train, dict(job, train_set=train_set, val_set=eval_set, out=out, resumed=checkpoint)
+
+
+def fingerprint(clips):
+    """Of the clips' names and labels in their order, wherever they lie."""
+    names = "\n".join(f"{Path(clip.path).name} {clip.label}" for clip in clips)
+    return zlib.crc32(names.encode(errors="surrogateescape"))
 
 
 def check_compiler(device):
@@ -1165,7 +1223,8 @@ def main(argv=None):
         stop(f"{error}{kept}", alone=not isinstance(error, OSError))
     except Stopped as stopped:
         at, signals = stopped.args
-        again = shlex.join(["train.py", *argv, *(["--resume"] if "--resume" not in argv else [])])
+        out = [] if args.out else ["--out", str(keywords["out"])]
+        again = shlex.join(["train.py", *argv, *out, *(["--resume"] if "--resume" not in argv else [])])
         launcher = "python" if keywords["place"].world == 1 else "torchrun ..."
         where = f"stopped and saved after step {at['step']} of epoch {at['epoch'] + 1}"
         stop(f"{where}; go on with\n    {launcher} {again}", 128 + max(map(max, filter(None, signals))), alone=True)
@@ -1208,7 +1267,7 @@ def report(args, keywords, result, skipped):
         path, (total, tunable) = out / "checkpoint.pt", common.count_parameters(keywords["model"])
         print(f"{tunable / 1e6:.2f} M tunable of {total / 1e6:.2f} M parameters")
         print(f"checkpoint {path} ({path.stat().st_size / 1e6:.1f} MB)")
-        print(f"use it: python train.py --predict VIDEO --checkpoint {path}")
+        print(f"use it: python train.py --predict VIDEO --checkpoint {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

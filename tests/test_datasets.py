@@ -314,3 +314,26 @@ def test_randaugment_varies_with_the_clip_and_serves_all_frames_alike():
     answers = [data.RandAugment(num_ops=4, magnitude=7)(clip) for _ in range(8)]
     assert all((a[0] == a).all() for a in answers)
     assert len({tuple(a.flatten().tolist()) for a in answers}) > 4
+
+
+def test_class_folders_without_videos_are_refused_and_hidden_ones_passed_over(tmp_path):
+    for split in ("train", "val"):
+        for name in "ab":
+            write(tmp_path / split / name / "0.mp4")
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+    assert find_clips(str(tmp_path)).classes == ["a", "b"]
+    (tmp_path / "train" / "c").mkdir()
+    with pytest.raises(ValueError, match="c holds no video"):
+        find_clips(str(tmp_path))
+
+
+@pytest.mark.parametrize("line", ["{path}", "{relative}", "{path}: damaged at frame 3"])
+def test_skip_takes_paths_and_a_runs_own_list(tmp_path, monkeypatch, line):
+    for name in "01":
+        write(tmp_path / "train" / "a" / f"{name}.mp4")
+    write(tmp_path / "val" / "a" / "0.mp4")
+    monkeypatch.chdir(tmp_path)
+    relative = "train/a/1.mp4"
+    (tmp_path / "skip.txt").write_text(line.format(path=tmp_path / relative, relative=relative) + "\n")
+    found = find_clips(str(tmp_path), skip="skip.txt")
+    assert [clip.path for clip in found.train] == [str(tmp_path / "train/a/0.mp4")] and len(found.val) == 1

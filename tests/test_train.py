@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import socket
 import struct
@@ -475,6 +476,17 @@ def test_broken_videos_are_skipped_counted_and_listed(folder, tmp_path):
         ("--method aim --data FOLDER --out RUN --resume --pretrained none", "is of --pretrained shipped, not none"),
         ("--method aim --data FOLDER --recipe toy --clip-grad -1", "must be a number, 0 or more, not '-1'"),
         ("--method side4video --data FOLDER --recipe toy --compile --recompute", "do not go together"),
+        ("--method aim --data FOLDER --out RUN --resume --seed 1", "is of --seed 0, not 1"),
+        ("--method aim --data FOLDER --out RUN --resume --init x.pt", "is of --init None, not x.pt"),
+        ("--method aim --data FOLDER --recipe toy --val-data x.txt", "--val-data means nothing to --data"),
+        ("--method aim --data FOLDER --recipe toy --fold 2", "--fold means nothing to --data"),
+        ("--method aim --data FOLDER --recipe toy --augment crop=1x0.5", "--augment crop=1x0.5: numbers from 0 to 1"),
+        ("--method aim --data FOLDER --recipe toy --augment short_side=0.5x2", "numbers from 1 to inf"),
+        ("--method aim --data FOLDER --recipe toy --augment randaugment=2.5x9", "a whole number of operations"),
+        ("--method aim --data FOLDER --recipe toy --label-smoothing 2", "must be a number from 0 to 1"),
+        ("--method aim --data FOLDER --recipe toy --seed 4294967296", "must be less than 4294967296"),
+        ("--method aim --data FOLDER --recipe toy --skip TEXT", "none of its 1 lines is the path of a video"),
+        ("--eval --checkpoint TRAINED --pretrained none", "was trained on --pretrained shipped"),
         ("--eval --checkpoint nothing.pt", "there is no checkpoint"),
         ("--eval --checkpoint WEIGHTS", "is not a checkpoint of train.py"),
         ("--eval --checkpoint TEXT", "is not a checkpoint that can be read safely"),
@@ -619,7 +631,6 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path
     assert steps > 2 and train.load(out / "checkpoint.pt")["optimizer"]["state"][0]["step"] == steps
 
 
-@pytest.mark.slow
 def test_a_process_ends_though_its_loaders_outlive_a_signal():
     code = f"""
 import sys, torch
@@ -629,11 +640,11 @@ place = train.Place(torch.device("cpu"), 0, 1, workers=2)
 batches = iter(place.batches(list(range(100)), list(range(100)), 1))
 next(batches)
 print([worker.pid for worker in batches._workers])
-batches._shutdown_workers = None  # whatever keeps it from saying goodbye
+batches._shutdown_workers = lambda: None  # whatever keeps it from saying goodbye
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     pids = json.loads(done.stdout)
-    assert len(pids) == 2
+    assert len(pids) == 2 and "Traceback" not in done.stderr
 
     def runs(pid):
         try:  # a dead process whose parent is gone may stay listed
@@ -882,6 +893,67 @@ def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
     assert train.run_folder(args) == Path("runs/aim-toy-2")
     args.resume = True
     assert train.run_folder(args) == Path("runs/aim-toy")
+    Path("runs/aim-toy-3").mkdir()  # the second was removed
+    assert train.run_folder(args) == Path("runs/aim-toy-3")
+    args.resume = None
+    assert train.run_folder(args) == Path("runs/aim-toy-4")
+    for name in ("mine.v1", "mine.v2"):
+        Path(name).mkdir()
+        args.data = name
+        assert train.run_folder(args) == Path(f"runs/aim-{name}")
+
+
+def test_runs_that_begin_at_once_share_no_folder_and_each_is_told_its_own_to_go_on(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    argv = [flag for flag in flags(folder, "OUT") if flag not in ("--out", "OUT")]
+    first = train.prepare(train.parse(argv))[1]["out"]
+    args = train.parse(argv)
+    answers = iter([first, Path(f"{first}-2")])  # another run takes the first meanwhile
+    monkeypatch.setattr(train, "run_folder", lambda args: next(answers))
+    second = train.prepare(args)[1]["out"]
+    assert (first, second) == (Path(f"runs/aim-{folder.name}"), Path(f"runs/aim-{folder.name}-2"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+
+    real = train.probabilities
+    monkeypatch.setattr(train, "probabilities", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    assert capsys.readouterr().err.rstrip().endswith(f"--out runs/aim-{folder.name}-3 --resume")
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(folder, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "run", torch.save
+
+    def full(checkpoint, file):
+        if checkpoint["progress"]["epoch"]:
+            file.write(b"half")
+            raise RuntimeError("unexpected pos")  # what torch.save makes of it
+        real(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(folder, out))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "is the disk full?" in error and "what it had learned before is in" in error
+    assert not (out / "checkpoint.partial").exists() and train.load(out / "checkpoint.pt")["progress"]["step"] == 3
+
+
+def test_a_run_goes_on_with_its_own_videos_wherever_they_lie(folder, tmp_path, capsys):
+    """The same clips under another path are the same; other clips, or other labels, are not."""
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(folder, moved)
+    shutil.copytree(folder, other)
+    (other / "train" / "grows" / "0.mp4").rename(other / "train" / "grows" / "100.mp4")
+    out = tmp_path / "run"
+    train.main(flags(folder, out))
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(other, out, "--resume", "--epochs", 3))
+    assert stop.value.code == 2 and "other training videos" in capsys.readouterr().err
+    train.main(flags(moved, out, "--resume", "--epochs", 3))
+    assert [line["epoch"] for line in lines(out)] == [1, 2, 3]
 
 
 def test_bf16_trains_close_to_float32(folder, tmp_path):
