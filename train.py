@@ -725,7 +725,8 @@ def save(checkpoint, path):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk into the latter
         beside.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: is the disk full?") from error
+        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise OSError(f"{path} cannot be written: {why}") from error
 
 
 def read(path):
@@ -1049,7 +1050,7 @@ def run_folder(args):
 def check_resumable(path, checkpoint, args):
     """Flags may lengthen a resumed run or change its rate; what its checkpoint fixes they may only repeat."""
     run = checkpoint["run"]
-    if "progress" not in checkpoint:
+    if "data" not in checkpoint.get("progress", ()):
         raise ValueError(f"{path} can be evaluated, but not resumed: it is merged, or older than this train.py")
     keys = ("method", "backbone", "num_frames", "image_size", "recipe", "weight_decay", "temporal_lr", "init")
     refuse(path, run, args, (*keys, "seed", "fold", "repeat"), "--resume cannot change that")
