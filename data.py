@@ -657,14 +657,18 @@ def class_folders(folder):
         for d in sorted((folder / split).iterdir()) if (folder / split).is_dir() else []:
             if d.is_dir():
                 videos = sorted(v for v in d.iterdir() if v.suffix.lower() in VIDEO_SUFFIXES)
-                if not videos and split == "train" and d.name in classes:
-                    raise ValueError(f"{d} holds no video: remove it, or it would be a class that nothing shows")
                 if videos and d.name not in classes:
                     raise ValueError(f"{d} is a class that {folder / 'train'} does not have")
                 clips += [Clip(str(v), classes.index(d.name)) for v in videos]
         if not clips and split != "test":
             raise FileNotFoundError(
                 f"no videos in the class folders of {folder / split} (looked for {' '.join(sorted(VIDEO_SUFFIXES))})"
+            )
+        shown = {clip.label for clip in clips}
+        empty = [name for label, name in enumerate(classes) if label not in shown]
+        if empty and split == "train":
+            raise ValueError(
+                f"{folder / split / empty[0]} holds no video: remove it, or it is a class that nothing shows"
             )
     return Data(**{split: Clips(clips) for split, clips in splits.items()}, classes=classes)
 
