@@ -725,7 +725,7 @@ def save(checkpoint, path):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk into the latter
         beside.unlink(missing_ok=True)
-        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        why = (error.strerror or error) if isinstance(error, OSError) else "is the disk full?"
         raise OSError(f"{path} cannot be written: {why}") from error
 
 
