@@ -667,9 +667,7 @@ def class_folders(folder):
         shown = {clip.label for clip in clips}
         empty = [name for label, name in enumerate(classes) if label not in shown]
         if empty and split == "train":
-            raise ValueError(
-                f"{folder / split / empty[0]} holds no video: remove it, or it is a class that nothing shows"
-            )
+            raise ValueError(f"{folder / split / empty[0]} holds no video: add some, or remove the folder")
     return Data(**{split: Clips(clips) for split, clips in splits.items()}, classes=classes)
 
 

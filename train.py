@@ -757,7 +757,10 @@ def is_ours(checkpoint):
 
 def load(path):
     """A checkpoint of ours."""
-    checkpoint = read(path)
+    return as_ours(read(path), path)
+
+
+def as_ours(checkpoint, path):
     if not is_ours(checkpoint):
         raise ValueError(f"{path} is not a checkpoint of train.py; --init reads those of the methods' authors")
     checkpoint["run"] = {**DEFAULTS, **checkpoint["run"]}  # an older one lacks newer settings
@@ -780,12 +783,12 @@ def refuse(path, run, args, keys, why):
             raise ValueError(f"{path} is of {flag} {there}, not {asked}: {why}")
 
 
-def start_from(path, run, args, classes, device):
-    """`build` with the weights of any checkpoint: ours, or one that a method's authors released -> model
+def start_from(checkpoint, run, args, classes, device):
+    """`build` with the weights of --init's checkpoint: ours, or one that a method's authors released -> model
 
     With other classes than `classes`, the classifier is new. ValueError if the rest does not fit.
     """
-    checkpoint = read(path)
+    path = args.init
     ours = is_ours(checkpoint)
     names = r"^head\.weight$" if ours else r"(^|\.)(fc|fc_cls)\.weight$"
     found = tensors(checkpoint["state"] if ours else checkpoint)
@@ -820,9 +823,20 @@ def start_from(path, run, args, classes, device):
     return model
 
 
-def settings_to_start_from(path, args):
-    """`settings` for the checkpoint's method; one of ours also brings its backbone and the method's keywords."""
-    checkpoint = read(path)
+def method_of(checkpoint, path):
+    """Ours tells its method; that of the authors is found out by its keys."""
+    if is_ours(checkpoint):
+        return checkpoint["run"]["method"]
+    keys = "\n".join(tensors(checkpoint))
+    for method, (pattern, _) in RELEASED.items():
+        if re.search(pattern, keys):
+            return method
+    raise ValueError(f"{path} is neither a checkpoint of train.py nor one that the authors of a method released")
+
+
+def settings_to_start_from(checkpoint, args):
+    """`settings` for the method of --init's checkpoint; ours also brings its backbone and the method's keywords."""
+    path = args.init
     if is_ours(checkpoint):
         theirs = {**DEFAULTS, **checkpoint["run"]}
         refuse(path, theirs, args, ("method", "backbone", "num_frames", "image_size"), "--init takes over its shape")
@@ -832,10 +846,7 @@ def settings_to_start_from(path, args):
         run["pretrained"] = theirs["pretrained"] if args.pretrained is None else run["pretrained"]
         run["model"] = theirs["model"] | read_set(args.method, args.set or [])
         return run
-    keys = "\n".join(tensors(checkpoint))
-    method = next((method for method, (pattern, _) in RELEASED.items() if re.search(pattern, keys)), None)
-    if method is None:
-        raise ValueError(f"{path} is neither a checkpoint of train.py nor one that the authors of a method released")
+    method = method_of(checkpoint, path)
     refuse(path, {"method": method}, args, ("method",), "its keys tell")
     args.method = method
     run = settings(args)
@@ -1067,23 +1078,38 @@ def check_resumable(path, checkpoint, args):
         refuse(path, run, args, ["batch_size"], f"it stopped inside epoch {at['epoch'] + 1}")
 
 
-def setting(args, out):
-    """What the command line and a checkpoint say together -> (run, checkpoint or None)"""
-    path = out / "checkpoint.pt" if args.resume else args.checkpoint
+def sources(args):
+    """A job's files, each read once -> (the run's folder, the checkpoint to use or to go on with, that of --init)"""
+    start = None
+    if args.init and not (args.resume and args.method):  # else its own checkpoint may be all that a run needs
+        start = read(Path(args.init))
+        args.method = args.method or method_of(start, args.init)
     if args.eval and args.init:
-        if is_ours(read(Path(args.init))):
+        if is_ours(start):
             if args.set or args.recipe:
                 raise ValueError("--set and --recipe are fixed by the checkpoint")
-            path, args.checkpoint, args.init = Path(args.init), Path(args.init), None
-        elif not args.data:
+            args.checkpoint, args.init = Path(args.init), None
+            return None, as_ours(start, args.checkpoint), None
+        if not args.data:
             raise ValueError("--eval --init: say on which --data")
-    if args.resume and not path.exists():
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{path} is not there yet: the run begins from the start")
-        path = None
-    if path is None:
-        return settings_to_start_from(Path(args.init), args) if args.init else settings(args), None
-    checkpoint = load(path)
+        return None, None, start
+    if args.checkpoint:
+        return None, load(args.checkpoint), None
+    out = run_folder(args)
+    path = out / "checkpoint.pt"
+    if args.resume and path.exists():
+        return out, load(path), None
+    if args.resume and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{path} is not there yet: the run begins from the start")
+    return out, None, read(Path(args.init)) if args.init and start is None else start
+
+
+def setting(args, path, checkpoint, start):
+    """What the command line and a checkpoint say together -> run"""
+    if start is not None:
+        return settings_to_start_from(start, args)
+    if checkpoint is None:
+        return settings(args)
     run = checkpoint["run"]
     if args.resume:
         check_resumable(path, checkpoint, args)
@@ -1097,16 +1123,15 @@ def setting(args, out):
         if args.data:
             run |= dict(data_root=None, val_data=None, annotations=None, skip=None)  # were of the checkpoint's data
     override(run, args)
-    return run, checkpoint
+    return run
 
 
 def prepare(args):
-    """All that can go wrong before the first step -> (job, its keywords). Writes nothing but the toy videos."""
+    """All that can go wrong before the first step -> (job, its keywords). Writes toy videos, takes a folder."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device_of(args)
-    if args.init and not args.method:
-        settings_to_start_from(Path(args.init), args)  # names the method, and so the run's folder
-    out = None if args.eval or args.predict else run_folder(args)
-    run, checkpoint = setting(args, out)
+    out, checkpoint, start = sources(args)
+    path = args.checkpoint or (out and out / "checkpoint.pt")
+    run = setting(args, path, checkpoint, start)
     if out and run["batch_size"] % (world * run["accumulate"]):
         passes = f"{world * run['accumulate']} (processes x accumulated passes)"
         raise ValueError(f"--batch-size {run['batch_size']} is no multiple of {passes}")
@@ -1135,12 +1160,12 @@ def prepare(args):
             raise ValueError(f"{run['data']} has no {args.split} split")
 
     classes = checkpoint["classes"] if checkpoint else data.classes
-    if args.init and not checkpoint:
-        model = start_from(Path(args.init), run, args, classes, device)
+    if start is not None:
+        model = start_from(start, run, args, classes, device)
     else:
         model = build(run, len(classes), device)
-    if checkpoint:
-        common.load_tuned(model, checkpoint["state"], args.checkpoint or out / "checkpoint.pt")
+        if checkpoint:
+            common.load_tuned(model, checkpoint["state"], path)
     if args.predict:
         return predict, dict(run=run, model=model, videos=args.predict, classes=classes, device=device)
 
