@@ -563,12 +563,17 @@ def dismiss_loaders():
 
 @contextlib.contextmanager
 def noted_signals(place):
-    """The list of SIGINT and SIGTERM that came, for the loop to look at; a second Ctrl-C stops at once."""
-    noted = []
+    """The list of SIGINT and SIGTERM that came, for the loop to look at; a Ctrl-C a second later stops at once."""
+    noted, first = [], math.inf
 
     def note(signum, frame):
-        if noted and signum == signal.SIGINT and place.world == 1:  # torchrun itself repeats it
+        nonlocal first
+        now = (
+            time.monotonic()
+        )  # what wraps a command may pass on what the terminal has sent it too; torchrun repeats it
+        if signum == signal.SIGINT and now > first + 1 and place.world == 1:
             raise KeyboardInterrupt
+        first = min(first, now)
         noted.append(signum)
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}

@@ -630,7 +630,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(folder, tmp_path
 
 @pytest.mark.parametrize(("signum", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path, signum, workers):
-    """Also when it goes to every process of the group, as Ctrl-C does: the loaders live on."""
+    """Also when it goes to every process of the group, as Ctrl-C does, and twice, as through `timeout`."""
     out = tmp_path / "run"
     argv = flags(folder, out, "--epochs", 500, "--batch-size", 4, "--eval-every", 500, "--workers", workers)
     process = start("nowhere", argv, start_new_session=True)
@@ -639,6 +639,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path
         assert process.poll() is None, process.stderr.read()
     time.sleep(0.5)
     os.killpg(process.pid, signum)
+    os.kill(process.pid, signum)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     at = train.load(out / "checkpoint.pt")["progress"]
@@ -646,6 +647,17 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path
     assert f"--out {out}" in error and error.rstrip().endswith("--resume")
     steps = 6 * at["epoch"] + at["step"]
     assert steps > 2 and train.load(out / "checkpoint.pt")["optimizer"]["state"][0]["step"] == steps
+
+
+def test_signals_that_come_together_are_one_and_a_later_ctrl_c_stops_at_once(monkeypatch):
+    clock = iter([100.0, 100.02, 102.0])
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    with train.noted_signals(train.Place(torch.device("cpu"), 0, 1, 0)) as noted:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert noted == [signal.SIGINT] * 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_process_ends_though_its_loaders_outlive_a_signal():
