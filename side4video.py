@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import B16, E14, L14, Attention, LayerNorm, Row, classifier, compare, freeze, load_strict, tensors_of
+from common import B16, E14, L14, Attention, LayerNorm, classifier, freeze, load_strict, tensors_of
 
 
 class Down(nn.Module):
@@ -347,13 +347,16 @@ RECIPES = {
 }
 
 # Tables 1, 2 and 4; table 2 prints GFLOPs for three views.
+# label, ViT, switches, frames, total (M), tunable (M), GFLOPs per view; None where the paper prints nothing
 PAPER = [
-    Row("ViT-B/16 light: 6 x 192", B16, dict(side_layers=6, width=192), 8, None, 4, 445 / 3),
-    Row("ViT-B/16: 12 x 320", B16, {}, 8, None, 21, 528 / 3),
-    Row("ViT-L/14 light: 12 x 320", L14, dict(side_layers=12), 8, None, 22, 2092 / 3),
-    Row("ViT-L/14: 24 x 512", L14, L14_MODEL, 8, None, 102, 2611 / 3),
-    Row("ViT-E/14 light: 32 x 576", E14, E14_MODEL, 8, None, None, 7980),
+    ("ViT-B/16 light: 6 x 192", B16, dict(side_layers=6, width=192), 8, None, 4, 445 / 3),
+    ("ViT-B/16: 12 x 320", B16, {}, 8, None, 21, 528 / 3),
+    ("ViT-L/14 light: 12 x 320", L14, dict(side_layers=12), 8, None, 22, 2092 / 3),
+    ("ViT-L/14: 24 x 512", L14, L14_MODEL, 8, None, 102, 2611 / 3),
+    ("ViT-E/14 light: 32 x 576", E14, E14_MODEL, 8, None, None, 7980),
 ]
 
 if __name__ == "__main__":
+    from colab.tables import compare
+
     compare(Side4Video, PAPER)

@@ -27,10 +27,8 @@ from torch import nn
 from common import (
     B16,
     L14,
-    Row,
     choose_blocks,
     classifier,
-    compare,
     freeze,
     image_tower,
     load_strict,
@@ -202,12 +200,15 @@ TOY = dict(
 RECIPES = {"k400": K400, "ssv2": SSV2, "toy": TOY}
 
 # The poster's tables, GFLOPs for three views. Its SSv2 row of ViT-L/14 repeats the GFLOPs of the K400 layout.
+# label, ViT, switches, frames, total (M), tunable (M), GFLOPs per view; None where the paper prints nothing
 PAPER = [
-    Row("K400, ViT-B/16, 8 frames", B16, {}, 8, None, 7.2, 455 / 3),
-    Row("K400, ViT-L/14, 8 frames", L14, {}, 8, None, 20, 2062 / 3),
-    Row("SSv2, ViT-B/16, 8 frames", B16, SSV2["model"], 8, None, 14, 489 / 3),
-    Row("SSv2, ViT-L/14, 8 frames, as K400", L14, {}, 8, None, 20, 2062 / 3),
+    ("K400, ViT-B/16, 8 frames", B16, {}, 8, None, 7.2, 455 / 3),
+    ("K400, ViT-L/14, 8 frames", L14, {}, 8, None, 20, 2062 / 3),
+    ("SSv2, ViT-B/16, 8 frames", B16, SSV2["model"], 8, None, 14, 489 / 3),
+    ("SSv2, ViT-L/14, 8 frames, as K400", L14, {}, 8, None, 20, 2062 / 3),
 ]
 
 if __name__ == "__main__":
+    from colab.tables import compare
+
     compare(STAdapter, PAPER)

@@ -35,10 +35,8 @@ from common import (
     B16,
     L14,
     QuickGELU,
-    Row,
     bottleneck_width,
     classifier,
-    compare,
     freeze,
     load_clip,
     load_strict,
@@ -384,20 +382,21 @@ RECIPES = {"k400": K400, "ssv2": SSV2, "toy": TOY}
 
 # Tables 3 and 4 print the merged model, which is the one of `kind="none"`, and GFLOPs for three views. Table 2 compares
 # what is tuned at ViT-B/16 (adapters only), by their width.
+# label, ViT, switches, frames, total (M), tunable (M), GFLOPs per view; None where the paper prints nothing
 PAPER = [
-    Row("K400, ViT-B/16, 8 frames", B16, tunable=14),
-    Row("K400, ViT-L/14, 8 frames", L14),
-    Row("SSv2, ViT-B/16, 8 frames", B16, SSV2["model"]),
-    Row("SSv2, ViT-L/14, 8 frames", L14, SSV2["model"]),
-    Row("merged, ViT-B/16, 8 frames", B16, dict(kind="none"), 8, 86, None, 422 / 3, training=False),
-    Row("merged, ViT-B/16, 16 frames", B16, dict(kind="none"), 16, 86, None, 844 / 3, training=False),
-    Row("merged, ViT-B/16, 32 frames", B16, dict(kind="none"), 32, 86, None, 1688 / 3, training=False),
-    Row("merged, ViT-L/14, 8 frames", L14, dict(kind="none"), 8, 304, None, 1946 / 3, training=False),
-    Row("merged, ViT-L/14, 16 frames", L14, dict(kind="none"), 16, 304, None, 3892 / 3, training=False),
-    Row("merged, ViT-L/14, 32 frames", L14, dict(kind="none"), 32, 304, None, 7783 / 3, training=False),
-    Row("full fine-tuning", B16, dict(kind="full"), None, tunable=86),
-    Row("linear probe", B16, dict(kind="none"), None, tunable=0),
-    Row("only tuning the temporal heads", B16, dict(kind="temporal heads"), None, tunable=4.6),
+    ("K400, ViT-B/16, 8 frames", B16, {}, 8, None, 14),
+    ("K400, ViT-L/14, 8 frames", L14, {}),
+    ("SSv2, ViT-B/16, 8 frames", B16, SSV2["model"]),
+    ("SSv2, ViT-L/14, 8 frames", L14, SSV2["model"]),
+    ("merged, ViT-B/16, 8 frames", B16, dict(kind="none"), 8, 86, None, 422 / 3, False),
+    ("merged, ViT-B/16, 16 frames", B16, dict(kind="none"), 16, 86, None, 844 / 3, False),
+    ("merged, ViT-B/16, 32 frames", B16, dict(kind="none"), 32, 86, None, 1688 / 3, False),
+    ("merged, ViT-L/14, 8 frames", L14, dict(kind="none"), 8, 304, None, 1946 / 3, False),
+    ("merged, ViT-L/14, 16 frames", L14, dict(kind="none"), 16, 304, None, 3892 / 3, False),
+    ("merged, ViT-L/14, 32 frames", L14, dict(kind="none"), 32, 304, None, 7783 / 3, False),
+    ("full fine-tuning", B16, dict(kind="full"), None, None, 86),
+    ("linear probe", B16, dict(kind="none"), None, None, 0),
+    ("only tuning the temporal heads", B16, dict(kind="temporal heads"), None, None, 4.6),
 ]
 for kind, width, adapt, millions in (
     ("lora", 192, "q v", 7),
@@ -418,7 +417,7 @@ for kind, width, adapt, millions in (
     ("linear", 128, "q k v o up down", 14),
 ):
     switches = dict(kind=kind, ratio=width / 768, adapt=adapt)
-    PAPER.append(Row(f"{kind}, {width} wide: {adapt}", B16, switches, None, tunable=millions))
+    PAPER.append((f"{kind}, {width} wide: {adapt}", B16, switches, None, None, millions))
 
 
 def merge_checkpoint(source, target):
@@ -464,6 +463,8 @@ def main(argv=None):
     command.add_argument("out", type=Path, help="the file to write the image tower to")
     args = parser.parse_args(argv)
     if args.command is None:
+        from colab.tables import compare
+
         return compare(ZeroI2V, PAPER)
     try:
         merge_checkpoint(args.checkpoint, args.out)

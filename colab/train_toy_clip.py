@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from colab import toy  # noqa: E402
 from common import load_clip, normalize  # noqa: E402
-from data import TOY_SIZE, toy_background, toy_look, toy_paint  # noqa: E402
 
 NAME = "ViT-Toy-16"
 SIZES = ("tiny", "small", "large", "huge")
@@ -30,11 +30,11 @@ COLUMNS = ("leftmost", "left", "center", "right", "rightmost")
 
 def still(rng):
     """One shape anywhere, of any size -> image uint8 (3, S, S), caption such as "a small red ring upper left" """
-    frame = toy_background(rng, 1)
-    shape, color = toy_look(rng)
+    frame = toy.background(rng, 1)
+    shape, color = toy.look(rng)
     radius = np.exp(rng.uniform(np.log(4), np.log(18)))
     x, y = rng.uniform(0.08, 0.92, 2)
-    toy_paint(frame, shape, color, x * TOY_SIZE, y * TOY_SIZE, radius)
+    toy.paint(frame, shape, color, x * toy.SIZE, y * toy.SIZE, radius)
     size = SIZES[np.searchsorted((6, 9, 12.5), radius)]
     row, column = ROWS[int((y - 0.08) / 0.84 * 5)], COLUMNS[int((x - 0.08) / 0.84 * 5)]
     image = torch.from_numpy(frame[0].clip(0, 255).astype(np.uint8)).permute(2, 0, 1)

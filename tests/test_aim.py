@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import aim
 import common
 from aim import AIM
+from colab import tables
 from common import ViT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,7 +42,7 @@ def randomize(model):
 def test_parameters_and_gflops_are_the_papers(size, recipe, num_frames, total, tunable, gflops):
     with torch.device("meta"):
         model = AIM(ViT(*size), 400, num_frames, **aim.RECIPES[recipe]["model"]).eval()
-        assert common.gflops(model, torch.empty(1, num_frames, 3, 224, 224)) == pytest.approx(gflops, abs=0.06)
+        assert tables.gflops(model, torch.empty(1, num_frames, 3, 224, 224)) == pytest.approx(gflops, abs=0.06)
         model.head = torch.nn.Identity()
     if total:
         assert common.count_parameters(model) == (total, tunable)
@@ -194,6 +195,6 @@ def test_a_clip_of_another_length_is_refused():
 def test_activations_are_few():
     with FakeTensorMode():
         model, video = AIM(ViT(), 400), torch.empty(1, 8, 3, 224, 224)
-        assert common.activation_bytes(model, video) <= 0.75 * 746 * 2**20
+        assert tables.activation_bytes(model, video) <= 0.75 * 746 * 2**20
         common.recompute(model)
-        assert common.activation_bytes(model, video) <= 0.25 * 746 * 2**20
+        assert tables.activation_bytes(model, video) <= 0.25 * 746 * 2**20

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 from aim import AIM
+from colab import tables
 from common import ViT, load_clip
 from side4video import Side4Video
 from st_adapter import STAdapter
@@ -213,7 +214,7 @@ def test_gflops_of_the_plain_vit_are_the_papers():
     with torch.device("meta"):
         for args, paper in (((224, 16, 768, 12, 12), 422), ((224, 14, 1024, 24, 16), 1946)):
             model, video = common.SpaceOnly(ViT(*args), 400), torch.empty(1, 8, 3, 224, 224)
-            assert 3 * common.gflops(model, video) == pytest.approx(paper, rel=2e-3)
+            assert 3 * tables.gflops(model, video) == pytest.approx(paper, rel=2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +363,7 @@ def test_recomputing_gives_the_same_gradients_and_keeps_less():
             common.recompute(model)
         model(video).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-        kept.append(common.activation_bytes(model, video[:1]))
+        kept.append(tables.activation_bytes(model, video[:1]))
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
     assert kept[1] < 0.3 * kept[0]
@@ -370,18 +371,18 @@ def test_recomputing_gives_the_same_gradients_and_keeps_less():
 
 def test_activation_bytes_are_those_of_a_real_pass_and_of_a_sum_by_hand():
     video = torch.zeros(1, 4, 3, 32, 32)
-    real = common.activation_bytes(AIM(ViT(32, 8, 64, 2, 4), 5, 4, drop_path=0.0), video)
+    real = tables.activation_bytes(AIM(ViT(32, 8, 64, 2, 4), 5, 4, drop_path=0.0), video)
     with FakeTensorMode():
-        assert common.activation_bytes(AIM(ViT(32, 8, 64, 2, 4), 5, 4, drop_path=0.0), torch.zeros(video.shape)) == real
+        assert tables.activation_bytes(AIM(ViT(32, 8, 64, 2, 4), 5, 4, drop_path=0.0), torch.zeros(video.shape)) == real
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32 * 4, 100), torch.nn.GELU())
     # The input in bf16 for the weights' gradient, and the GELU's.
-    assert common.activation_bytes(model, video) == 2 * (3 * 32 * 32 * 4 + 100)
+    assert tables.activation_bytes(model, video) == 2 * (3 * 32 * 32 * 4 + 100)
 
 
 def test_a_papers_table_is_printed_beside_what_is_measured(capsys):
-    rows = [common.Row("plain", common.B16, total=86, gflops=422 / 3, training=False)]
-    rows.append(common.Row("its parameters", common.B16, frames=None, total=86))
-    common.compare(common.SpaceOnly, rows)
+    rows = [tables.Row("plain", common.B16, total=86, gflops=422 / 3, training=False)]
+    rows.append(tables.Row("its parameters", common.B16, frames=None, total=86))
+    tables.compare(common.SpaceOnly, rows)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].split() == [
         "plain",
@@ -400,10 +401,10 @@ def test_a_papers_table_is_printed_beside_what_is_measured(capsys):
 
 @pytest.mark.parametrize("method", [AIM, STAdapter, ZeroI2V, Side4Video])
 def test_what_the_tables_measure_is_what_the_papers_print(method):
-    for row in importlib.import_module(method.__module__).PAPER:
+    for row in (tables.Row(*row) for row in importlib.import_module(method.__module__).PAPER):
         if row.clip != common.B16 or (row.frames or 8) > 8:
             continue  # the method's own tests have these
-        total, tunable, flops, _ = common.measure(method, row._replace(training=False))
+        total, tunable, flops, _ = tables.measure(method, row._replace(training=False))
         for measured, printed, rounding in (
             (total, row.total, 0.6),
             (tunable, row.tunable, 1.4),

@@ -13,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import data
-from data import Clip, Video, VideoDataset, VideoError, find_clips, segments, strided, write_video
+from colab import toy
+from colab.toy import write_video
+from data import Clip, Video, VideoDataset, VideoError, find_clips, segments, strided
 
 VIDEOS = Path(__file__).parent / "videos"
 REFERENCE = json.loads((VIDEOS / "reference.json").read_text())
@@ -329,23 +331,23 @@ def test_broken_videos_are_replaced_in_training_and_left_out_of_testing(folder, 
 
 
 def test_toy_classes_are_mirrors_in_time():
-    mirrored = {**data.TOY_PAIRS, **{b: a for a, b in data.TOY_PAIRS.items()}}
-    assert sorted(mirrored) == sorted(name for group in data.TOY_GROUPS.values() for name in group)
+    mirrored = {**toy.PAIRS, **{b: a for a, b in toy.PAIRS.items()}}
+    assert sorted(mirrored) == sorted(name for group in toy.GROUPS.values() for name in group)
     for seed in range(5):
-        ((x, _, _),) = data.toy_motion("moves right", np.random.default_rng(seed))
-        assert (np.diff(x) > 0).all() and x[0] > 0 and x[-1] < data.TOY_SIZE
-        ((_, y, _),) = data.toy_motion("moves down", np.random.default_rng(seed))
+        ((x, _, _),) = toy.motion("moves right", np.random.default_rng(seed))
+        assert (np.diff(x) > 0).all() and x[0] > 0 and x[-1] < toy.SIZE
+        ((_, y, _),) = toy.motion("moves down", np.random.default_rng(seed))
         assert (np.diff(y) > 0).all()
-        ((_, _, r),) = data.toy_motion("grows", np.random.default_rng(seed))
+        ((_, _, r),) = toy.motion("grows", np.random.default_rng(seed))
         assert (np.diff(r) > 0).all()
-        (x1, y1, _), (x2, y2, _) = data.toy_motion("two part", np.random.default_rng(seed))
+        (x1, y1, _), (x2, y2, _) = toy.motion("two part", np.random.default_rng(seed))
         assert (np.diff(np.hypot(x1 - x2, y1 - y2)) > 0).all()
 
 
 def test_no_frame_tells_jumping_from_resting():
     """At every time the place has one distribution, so that each frame is as likely under the mirror class; twice as many
     neighbouring frames differ in the first half as in the second."""
-    paths = [data.toy_motion("jumps then rests", np.random.default_rng(i))[0][:2] for i in range(4000)]
+    paths = [toy.motion("jumps then rests", np.random.default_rng(i))[0][:2] for i in range(4000)]
     places = np.array(paths)  # 4000 x 2 x T
     for moment in (places.mean(axis=0), (places**2).mean(axis=0) ** 0.5):
         assert np.ptp(moment, axis=1).max() < 1.5
@@ -354,10 +356,10 @@ def test_no_frame_tells_jumping_from_resting():
 
 
 def test_toy_is_written_as_videos_with_each_clip_beside_its_mirror(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TOY_CLIPS", {"train": 20, "val": 10, "test": 10})
+    monkeypatch.setattr(toy, "CLIPS", {"train": 20, "val": 10, "test": 10})
     found = find_clips("toy", tmp_path)
     assert [len(found.train), len(found.val), len(found.test)] == [20, 10, 10] and len(found.classes) == 10
-    for name, mirror in data.TOY_PAIRS.items():
+    for name, mirror in toy.PAIRS.items():
         for path in sorted((tmp_path / "toy" / "train" / name).iterdir()):
             forward, backward = (
                 Video(p).read(range(16)).astype(int) for p in (path, tmp_path / "toy/train" / mirror / path.name)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import side4video
+from colab import tables
 from common import B16, E14, L14, ViT
 from side4video import BatchNorm, Down, Side4Video, SideBlock, TemporalConv
 
@@ -63,14 +64,14 @@ def test_parameters_and_gflops_are_the_papers(size, switches, tunable, gflops):
     with torch.device("meta"):
         model = Side4Video(ViT(**size), 400, **switches).eval()
         model.head = nn.Identity()
-        assert common.gflops(model, torch.empty(1, 8, 3, 224, 224)) == pytest.approx(gflops, abs=0.15)
+        assert tables.gflops(model, torch.empty(1, 8, 3, 224, 224)) == pytest.approx(gflops, abs=0.15)
     assert common.count_parameters(model)[1] == tunable
 
 
 def test_the_papers_gflops_of_vit_e_leave_out_what_goes_into_and_on_inside_attention():
     with torch.device("meta"):
         model = Side4Video(ViT(**E14), 400, **side4video.E14_MODEL).eval()
-        gflops = common.gflops(model, torch.empty(1, 8, 3, 224, 224))
+        gflops = tables.gflops(model, torch.empty(1, 8, 3, 224, 224))
     assert gflops == pytest.approx(9451, abs=1)
     T, n, L, D, l, d = 8, 257, 64, 1792, 32, 576  # noqa: E741
     vit = L * 3 * D * D * n * T + 2 * L * n * n * D * T  # projections to q, k, v; their products
@@ -446,6 +447,6 @@ def test_activations_take_less_memory_than_the_released_codes():
     with FakeTensorMode():
         model, video = Side4Video(ViT(), 400), torch.empty(1, 8, 3, 224, 224)
         common.cast_frozen(model, torch.bfloat16)
-        assert common.activation_bytes(model, video) <= 0.9 * released
+        assert tables.activation_bytes(model, video) <= 0.9 * released
         common.recompute(model)
-        assert common.activation_bytes(model, video) <= 0.25 * released
+        assert tables.activation_bytes(model, video) <= 0.25 * released

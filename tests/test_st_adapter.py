@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import st_adapter
+from colab import tables
 from common import B16, L14, ViT
 from st_adapter import DWConv3D, SpatioTemporalAdapter, STAdapter
 
@@ -50,7 +51,7 @@ def clips(num_frames=4, count=2):
 def test_parameters_and_gflops_are_the_papers(size, switches, total, tunable, gflops):
     with torch.device("meta"):
         model = STAdapter(ViT(**size), 400, **switches).eval()
-        assert common.gflops(model, torch.empty(1, 8, 3, 224, 224)) == pytest.approx(gflops, abs=0.06)
+        assert tables.gflops(model, torch.empty(1, 8, 3, 224, 224)) == pytest.approx(gflops, abs=0.06)
     assert common.count_parameters(model) == (total, tunable)
 
 
@@ -322,9 +323,9 @@ def test_activations_take_less_memory_than_the_released_codes():
     with FakeTensorMode():
         model, video = STAdapter(ViT(), 400), torch.empty(1, 8, 3, 224, 224)
         common.cast_frozen(model, torch.bfloat16)
-        assert common.activation_bytes(model, video) <= 0.72 * released
+        assert tables.activation_bytes(model, video) <= 0.72 * released
         common.recompute(model)
-        assert common.activation_bytes(model, video) <= 0.25 * released
+        assert tables.activation_bytes(model, video) <= 0.25 * released
 
 
 def test_a_clip_beside_the_checkpoint_is_read_strictly_and_with_any_prefix():

@@ -24,6 +24,7 @@ import aim
 import common
 import data
 import train
+from colab import toy
 
 ROOT = Path(train.__file__).parent
 
@@ -36,9 +37,9 @@ def folder(tmp_path_factory):
         for name in ("grows", "shrinks"):
             (root / split / name).mkdir(parents=True)
         for i in range(pairs):
-            frames = data.toy_video("grows", np.random.default_rng([seed, i]))
-            data.write_video(root / split / "grows" / f"{i}.mp4", frames)
-            data.write_video(root / split / "shrinks" / f"{i}.mp4", frames[::-1])
+            frames = toy.clip("grows", np.random.default_rng([seed, i]))
+            toy.write_video(root / split / "grows" / f"{i}.mp4", frames)
+            toy.write_video(root / split / "shrinks" / f"{i}.mp4", frames[::-1])
     return root
 
 
@@ -1004,4 +1005,4 @@ def test_the_readmes_training_command_learns(tmp_path):
     done = run("--method", "aim", "--data", "toy", "--data-root", tmp_path, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     result = lines(tmp_path / "run")[-1]
-    assert result["top1 monotone"] >= 90 and result["videos"] == data.TOY_CLIPS["val"]
+    assert result["top1 monotone"] >= 90 and result["videos"] == toy.CLIPS["val"]
