@@ -1,4 +1,4 @@
-"""A paper's table beside what this code measures: parameters, GFLOPs and training memory, without weights or a GPU."""
+"""Compares a paper's table with this code: parameters, GFLOPs and training memory, without weights, data or a GPU."""
 
 import os
 import sys
@@ -25,10 +25,10 @@ def gflops(model, video):
 
 
 def activation_bytes(model, video):
-    """Bytes that autograd keeps for the backward pass, per further clip like `video` (1, T, 3, H, W), in bf16 autocast.
+    """Bytes that autograd keeps for the backward pass per clip like `video` (1, T, 3, H, W), under bf16 autocast.
 
-    The distinct storages that saved_tensors_hooks see, parameters left out, for two clips less those for one. Under
-    FakeTensorMode nothing is computed and the number is the same.
+    This is the sum of the distinct storages that saved_tensors_hooks see, without parameters, for two clips less the
+    sum for one. Under FakeTensorMode nothing is computed, and the number is the same.
     """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -37,7 +37,7 @@ def activation_bytes(model, video):
 
         def pack(tensor):
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage  # held, so that no other storage gets its address
+            storages[storage._cdata] = storage  # it is held here so that no other storage gets its address
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -49,36 +49,37 @@ def activation_bytes(model, video):
 
 
 class Row(NamedTuple):
-    """A line of a paper's table: a model, and what the paper prints of it (millions, GFLOPs a view) or None."""
+    """One row of a paper's table: a model, and what the paper prints of it, or None where it prints nothing."""
 
     label: str
     clip: dict  # keywords of ViT
     model: dict = {}  # keywords of the method  # noqa: RUF012
     frames: int | None = 8  # None: only the parameters are compared
-    total: float | None = None
+    total: float | None = None  # parameters in millions
     tunable: float | None = None
-    gflops: float | None = None
-    training: bool = True  # measure its activations as well
+    gflops: float | None = None  # per view
+    training: bool = True  # whether the activations are measured as well
 
 
 def compare(method, rows):
-    """Prints a paper's table beside what the code measures, without weights, data or GPU; a core measures a row.
+    """Prints each row of a paper's table beside what is measured. Every CPU core measures one row at a time.
 
-    Parameters are counted without the classifier, MiB are activations for one clip of 224 x 224 in bf16 training, then
-    those with --recompute.
+    Parameters are counted without the classifier. The last two columns are the MiB of activations that training keeps
+    per clip of 224 x 224 pixels, without and with --recompute.
     """
     rows = [Row(*row) for row in rows]
     cell = "{:>8} |{:>8}".format
     header = [cell("paper", name) for name in ("total M", "tuned M", "GFLOPs")]
-    print(f"{'':40}", *header, f"{'MiB a clip':>11} {'recomputed':>11}", flush=True)
+    print(f"{'':40}", *header, f"{'MiB per clip':>12} {'recomputed':>10}", flush=True)
     with ProcessPoolExecutor(min(len(rows), os.cpu_count(), 8), mp_context=get_context("spawn")) as pool:
         for row, (*measured, memory) in zip(rows, pool.map(measure, repeat(method), rows)):
-            texts = [["-" if x is None else f"{x:.1f}" for x in pair] for pair in zip(row[4:7], measured)]
+            printed = row.total, row.tunable, row.gflops
+            texts = [["-" if x is None else f"{x:.1f}" for x in pair] for pair in zip(printed, measured)]
             print(f"{row.label:40}", *(cell(*text) for text in texts), *(f"{m:11.0f}" for m in memory), flush=True)
 
 
 def measure(method, row):
-    """-> total and tunable parameters (M), GFLOPs a view or None, [MiB kept for a clip, and recomputed] or []"""
+    """-> total and tunable parameters (M), GFLOPs per view or None, MiB per clip ([], or [kept, with recompute])"""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     frames, memory = row.frames or 8, []

@@ -1,9 +1,15 @@
-"""The toy world: small videos of moving shapes, made on the spot, whose classes no single frame tells apart.
+"""The toy world: small videos of moving shapes, made on the spot, whose classes no single frame can tell apart.
 
-Each class has a mirror in time, and every clip lies beside its own mirror image in time in the same split. A model that
-ignores the order of the frames is therefore right at most half of the time.
+Each class has a mirror in time: its videos, played backwards, are videos of the other class. Every clip lies beside its
+own mirror image in time, in the same split. A model that ignores the order of the frames therefore gives both the same
+class, and is right at most half of the time.
+
+    rng = np.random.default_rng(0)
+    motion("grows", rng)     where the shapes are at each frame        clip("grows", rng)      the frames, painted
+    write_toy(folder)        the whole dataset as H.264 files, which `python train.py --data toy` trains on
 """
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +20,7 @@ from av.video.reformatter import VideoReformatter
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-SIZE, FRAMES = 64, 16
+SIZE, FRAMES = 64, 16  # S, the side of a frame in pixels, and T, the frames of a clip
 CLIPS = {"train": 3000, "val": 800, "test": 800}
 PAIRS = {  # each class with its mirror in time
     "moves right": "moves left",
@@ -23,9 +29,10 @@ PAIRS = {  # each class with its mirror in time
     "two part": "two meet",
     "jumps then rests": "rests then jumps",
 }
-# Monotone motions show in a sum over frames of a function of (frame, time). Jumping and resting does not: at every time
-# the shape is anywhere, under both classes. Then the mean of any such sum is the same for both, and by Jensen's
-# inequality none brings the cross-entropy below chance: frames must be compared with each other.
+# In a monotone class the place or size of the shape says how late it is: a shape that moves right is on the left in early
+# frames. A model may look at each frame alone, as long as it knows the frame's time, and average what it finds.
+# In a jumping class this is not enough. At each time the shape is anywhere, with equal chance in both classes, so that a
+# frame together with its time says nothing. Only frames that are compared with each other show whether the shape rests.
 GROUPS = {
     "monotone": [name for pair in list(PAIRS.items())[:4] for name in pair],
     "jumping": ["jumps then rests", "rests then jumps"],
@@ -40,7 +47,7 @@ COLORS = {
     "orange": (245, 140, 30),
     "white": (240, 240, 240),
 }
-SHAPES = {  # signed distance in pixels from the outline of a shape of radius r, negative inside
+SHAPES = {  # distance in pixels of the point (x, y) from the outline of a shape of radius r at (0, 0); negative inside
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.85 * r,
     "diamond": lambda x, y, r: (abs(x) + abs(y) - 1.15 * r) / 2**0.5,
@@ -50,65 +57,72 @@ SHAPES = {  # signed distance in pixels from the outline of a shape of radius r,
 }
 
 
+def motion(name, rng):
+    """Where the shapes of a random clip are -> a list with one array (3, T) per shape: x, y and radius, in pixels
+
+    name: a class. x grows to the right, y downwards. All shapes stay inside the frame, or almost.
+    """
+    if name not in PAIRS:  # a mirror: the same motion backwards
+        return [path[:, ::-1] for path in motion({mirror: name for name, mirror in PAIRS.items()}[name], rng)]
+    time, middle = np.linspace(0, 1, FRAMES), SIZE / 2
+    radius = rng.uniform(6, 9)
+    if name in ("moves right", "moves down"):
+        length = rng.uniform(32, 46)
+        along = rng.uniform(radius, SIZE - radius - length) + length * time
+        across = rng.uniform(radius, SIZE - radius)
+        paths = [(along, across, radius) if name == "moves right" else (across, along, radius)]
+    elif name == "grows":
+        x, y = rng.uniform(middle - 14, middle + 14, 2)
+        paths = [(x, y, np.linspace(rng.uniform(4, 6), rng.uniform(13, 17), FRAMES))]
+    elif name == "two part":  # two shapes move away from a centre, in opposite directions
+        angle, (x, y), radius = rng.uniform(0, 2 * np.pi), rng.uniform(middle - 5, middle + 5, 2), rng.uniform(5, 7)
+        distance = np.linspace(rng.uniform(4, 8), rng.uniform(19, 24), FRAMES)
+        paths = [(x + s * distance * np.cos(angle), y + s * distance * np.sin(angle), radius) for s in (1, -1)]
+    else:  # "jumps then rests": at a new place every two frames, and at the last one for the second half
+        x, y = rng.uniform(radius, SIZE - radius, (2, 5)).repeat([2, 2, 2, 2, 8], axis=1)
+        paths = [(x, y, radius)]
+    return [np.stack(np.broadcast_arrays(*path)) for path in paths]
+
+
+def look(rng):
+    """A random shape and colour -> a key of SHAPES, a key of COLORS"""
+    return rng.choice(list(SHAPES)), rng.choice(list(COLORS))
+
+
 def paint(frames, shape, color, x, y, r):
-    """Paints a shape into float frames (T, S, S, 3); centre x, y and radius r in pixels, numbers or (T,)"""
-    x, y, r = (np.broadcast_to(np.float32(v), len(frames)).reshape(-1, 1, 1) for v in (x, y, r))
-    pixel = np.arange(SIZE, dtype=np.float32) + 0.5
-    cover = np.clip(0.5 - SHAPES[shape](pixel - x, pixel[:, None] - y, r), 0, 1)[..., None]
+    """Paints a shape into `frames`, in place.
+
+    frames: float (T, S, S, 3), RGB from 0 to 255. x, y, r: its centre and radius in pixels, numbers or (T,)
+    """
+    x, y, r = (np.broadcast_to(np.float32(v), len(frames)).reshape(-1, 1, 1) for v in (x, y, r))  # (T, 1, 1)
+    pixel = np.arange(SIZE, dtype=np.float32) + 0.5  # the centres of the pixels, (S,)
+    inside = 0.5 - SHAPES[shape](pixel - x, pixel[:, None] - y, r)  # (T, S, S), above 1 well inside, below 0 outside
+    cover = np.clip(inside, 0, 1)[..., None]  # share of a pixel that the shape covers, (T, S, S, 1)
     frames += (np.float32(COLORS[color]) - frames) * cover
 
 
 def background(rng, num_frames):
-    """A cloudy ground of one colour with up to two small shapes that do not move -> float (T, S, S, 3)"""
-    clouds = v2.functional.resize(torch.from_numpy(rng.uniform(-25, 25, (1, 5, 5))), [SIZE, SIZE]).numpy()[0, ..., None]
+    """A cloudy ground of one colour, with up to two small shapes that do not move -> float32 (T, S, S, 3)"""
+    clouds = v2.functional.resize(torch.from_numpy(rng.uniform(-25, 25, (1, 5, 5))), [SIZE, SIZE])  # (1, S, S)
     grain = rng.normal(0, 4, (SIZE, SIZE, 1))
-    frames = np.repeat(np.float32(rng.uniform(60, 150, 3) + clouds + grain)[None], num_frames, 0)
+    ground = rng.uniform(60, 150, 3) + clouds.numpy()[0, ..., None] + grain  # (S, S, 3)
+    frames = np.repeat(np.float32(ground)[None], num_frames, axis=0)  # (T, S, S, 3)
     for _ in range(rng.integers(3)):
         paint(frames[:1], *look(rng), *rng.uniform(4, SIZE - 4, 2), rng.uniform(2, 3.5))
     frames[1:] = frames[0]
     return frames
 
 
-def look(rng):
-    """A random shape and color"""
-    return rng.choice(list(SHAPES)), rng.choice(list(COLORS))
-
-
-def motion(name, rng):
-    """The paths of a class's shapes: a list of x, y, r, each a number or (T,)"""
-    t, middle = np.linspace(0, 1, FRAMES), SIZE / 2
-    r = rng.uniform(6, 9)
-    if name.startswith("moves"):
-        length = rng.uniform(32, 46)
-        along = rng.uniform(r, SIZE - r - length) + length * t
-        across = rng.uniform(r, SIZE - r)
-        return [(along, across, r) if name == "moves right" else (across, along, r)]
-    if name == "grows":
-        return [
-            (*rng.uniform(middle - 14, middle + 14, 2), np.linspace(rng.uniform(4, 6), rng.uniform(13, 17), FRAMES))
-        ]
-    if name == "two part":
-        angle, center, r = rng.uniform(0, 2 * np.pi), rng.uniform(middle - 5, middle + 5, 2), rng.uniform(5, 7)
-        distance = np.linspace(rng.uniform(4, 8), rng.uniform(19, 24), FRAMES)
-        return [
-            (center[0] + s * distance * np.cos(angle), center[1] + s * distance * np.sin(angle), r) for s in (1, -1)
-        ]
-    if name == "jumps then rests":  # a new place every two frames, the last of them for the second half
-        places = rng.uniform(r, SIZE - r, (2, 5)).repeat([2, 2, 2, 2, 8], axis=1)
-        return [(*places, r)]
-    raise KeyError(name)
-
-
 def clip(name, rng):
-    """One clip of a class, a key of PAIRS -> uint8 (T, S, S, 3); played backwards it is of the mirror class."""
+    """A random clip of a class -> uint8 (T, S, S, 3), RGB"""
     frames = background(rng, FRAMES)
-    for path in motion(name, rng):
-        paint(frames, *look(rng), *path)
+    for x, y, r in motion(name, rng):
+        paint(frames, *look(rng), x, y, r)
     return frames.clip(0, 255).astype(np.uint8)
 
 
 def write_video(path, frames, rate=8):
-    """uint8 (T, H, W, 3) -> an H.264 file"""
+    """Writes uint8 frames (T, H, W, 3), RGB, as an H.264 file. rate: frames per second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
@@ -116,18 +130,18 @@ def write_video(path, frames, rate=8):
         for frame in frames:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(reformatter.reformat(rgb, format="yuv420p")))
-        container.mux(stream.encode())
+        container.mux(stream.encode())  # what the encoder still holds
 
 
 def write_toy(folder):
-    """Writes the toy videos as folder/SPLIT/CLASS/NUMBER.mp4, unless they are there -> folder
+    """Writes all toy videos as folder/SPLIT/CLASS/NUMBER.mp4, unless the folder exists -> folder, a Path
 
-    Every clip has its mirror in time in the same split: frames without their order are worth 50 % at most.
+    The clip and its mirror in time have the same number. Each depends on its split and number alone.
     """
     if folder.is_dir():
         return folder
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    # What is interrupted is not taken for the dataset, and several processes may write at once.
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     for split in CLIPS:
         for name in GROUPS["monotone"] + GROUPS["jumping"]:
             (unfinished / split / name).mkdir(parents=True)
@@ -139,11 +153,12 @@ def write_toy(folder):
         write_video(unfinished / split / name / f"{number:04d}.mp4", frames)
         write_video(unfinished / split / PAIRS[name] / f"{number:04d}.mp4", frames[::-1])
 
-    jobs = [(seed, split, n) for seed, split in enumerate(CLIPS) for n in range(CLIPS[split] // 2)]
+    jobs = [(seed, split, number) for seed, split in enumerate(CLIPS) for number in range(CLIPS[split] // 2)]
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(
-            pool.map(write_pair, jobs), total=len(jobs), desc=f"writing {folder}", unit="pair", dynamic_ncols=True
-        ):
-            pass
-    unfinished.rename(folder)
+        pairs = pool.map(write_pair, jobs)
+        list(tqdm(pairs, total=len(jobs), desc=f"writing {folder}", unit="pair", dynamic_ncols=True))
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
     return folder

@@ -1,100 +1,114 @@
-"""What each method learns of the toy videos, with its controls, and each part of AIM: its table 1 in small.
+"""What each method learns of the toy videos, beside its controls, and AIM's table 1 in small.
 
-python colab/toy_table.py            trains what is missing into runs/toy-table, prints the README's tables (test split)
+    python colab/toy_table.py                  trains what is missing in runs/toy-table and prints the README's tables
+    python colab/toy_table.py --checkpoints    also writes colab/checkpoints/METHOD.pt, the small ones of the labs
+
+All figures are top-1 in percent on the test split, which nothing was tuned on, over ten classes.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
-from common import count_parameters, load_tuned  # noqa: E402
+from common import count_parameters, save  # noqa: E402
 from data import VideoDataset, find_clips  # noqa: E402
 
-ABLATION = {  # row: (folder, flags), AIM's table 1 in small
-    "linear probe (frozen, space-only)": ("linear-probe", "--method linear_probe"),
+METHODS = {"AIM": "aim", "ST-Adapter": "st_adapter", "ZeroI2V": "zeroi2v", "Side4Video": "side4video"}
+ABLATION = {  # row: (folder, flags), the rows of AIM's table 1
+    "linear probe (frozen, space-only)": ("linear_probe", "--method linear_probe"),
     "all weights tuned, space-only": ("finetune", "--method finetune"),
     "spatial adaptation": ("spatial", "--method aim --set temporal=false joint=false temporal_embedding=false"),
-    "spatial + temporal": ("temporal", "--method aim --set joint=false"),
-    "spatial + temporal + joint = **AIM**": ("aim", "--method aim"),
-    "control: spatial + temporal embedding, no frame sees another": (
-        "control",
-        "--method aim --set temporal=false joint=false",
-    ),
+    "spatial + temporal adaptation": ("temporal", "--method aim --set joint=false"),
+    "spatial + temporal + joint adaptation = AIM": ("aim", "--method aim"),
+    "control: spatial adaptation and temporal embedding": ("control", "--method aim --set temporal=false joint=false"),
 }
-METHODS = {"AIM": "aim", "ST-Adapter": "st_adapter", "ZeroI2V": "zeroi2v", "Side4Video": "side4video"}
-SEEDS = 3
-ORDERS = {  # of the T frames of test clip i
+ORDERS = {  # the new order of the T frames of test clip i
+    "as they are": lambda T, i: torch.arange(T),
     "shuffled": lambda T, i: torch.randperm(T, generator=torch.Generator().manual_seed(i)),
     "reversed": lambda T, i: torch.arange(T - 1, -1, -1),
 }
 
 
 class Reordered(VideoDataset):
-    """Testing clips whose frames stand in another order."""
+    """Test clips whose frames stand in another order."""
 
     def __getitem__(self, i):
-        video, label, problem = super().__getitem__(i)
-        return video[:, self.order(self.T, i)], label, problem
+        video, *rest = super().__getitem__(i)  # V x T x 3 x H x W
+        return video[:, ORDERS[self.order](self.T, i)], *rest
 
 
-def measure(folder, data, order=None, merged=False):
-    """The checkpoint's result over the test split -> (top-1 monotone, top-1 jumping, tunable parameters)"""
-    checkpoint = train.load(folder / "checkpoint.pt")
-    run, device = checkpoint["run"], torch.device("cpu")
-    model = train.build(run, len(data.classes), device)
-    load_tuned(model, checkpoint["state"], folder)
+def measure(folder, splits, order="as they are", merged=False):
+    """The checkpoint in `folder` on the test split -> (top-1 of the monotone classes, of the jumping ones)"""
+    run = train.read(folder / "checkpoint.pt")["run"]
+    model, _ = train.load_model(folder / "checkpoint.pt")
     if merged:
         model.merge()
-    kind = Reordered if order else VideoDataset
-    dataset = kind(data.test, run["num_frames"], model.vit.image_size, run["span"], run["views"], keep=True)
+    dataset = Reordered(splits.test, run["num_frames"], model.vit.image_size, run["span"], run["views"], keep=True)
     dataset.order = order
-    result = train.evaluate(model, dataset, data, run, train.Place(device, rank=0, world=1, workers=0)).result
-    return result["top1 monotone"], result["top1 jumping"], count_parameters(model)[1]
+    world = train.World.here("cpu")
+    result, _ = train.evaluate(model, dataset, splits, run, world, folder / "test_classes.csv")
+    return result["top1 monotone"], result["top1 jumping"]
 
 
 def trained(folder, flags, seed, data_root):
     """Trains what is not there yet -> folder"""
-    what = flags.split()
-    if (folder / "checkpoint.pt").exists():
-        what = [*what[:2], "--resume"]  # the checkpoint knows the rest
-    always = f"--data toy --device cpu --seed {seed} --data-root {data_root} --out {folder}".split()
-    train.main([*always, *what])
+    always = f"--data toy --device cpu --resume --seed {seed} --data-root {data_root} --out {folder}"
+    train.main([*always.split(), *flags.split()])
     return folder
 
 
-def text(results):
-    """[(monotone, jumping, ...), ...] -> "97.2, 94.4 / 96.2, 95.6", by seed"""
-    return " / ".join(", ".join(f"{r[k]:.1f}" for r in results) for k in (0, 1))
+def cells(results):
+    """[(monotone, jumping), ...] of the seeds -> two cells: the mean, and half of the range"""
+    for values in zip(*results):
+        spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+        yield f"{statistics.mean(values):.1f}{spread}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", default="datasets")
+    parser.add_argument("--data-root", default=HERE.parent / "datasets")
     parser.add_argument("--runs", type=Path, default=Path("runs/toy-table"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--checkpoints", action="store_true")
     args = parser.parse_args()
-    data = find_clips("toy", args.data_root)
-    lines = ["| monotone / jumping | tunable | three seeds | shuffled | reversed | random backbone |", "|---" * 6 + "|"]
+    splits = find_clips("toy", args.data_root)
+    heads = ["", "tuned", *(f"{name}, {group}" for name in [*ORDERS, "random backbone"] for group in splits.groups)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for title, method in METHODS.items():
-        flags = f"--method {method}"
-        folders = [trained(args.runs / f"{method}-{s}", flags, s, args.data_root) for s in range(SEEDS)]
-        random = trained(args.runs / f"{method}-random-0", f"{flags} --pretrained none", 0, args.data_root)
-        results = [measure(folder, data) for folder in folders]
-        orders = [text([measure(folders[0], data, order)]) for order in ORDERS.values()]
-        cells = f"{results[0][2]:,}", text(results), *orders, text([measure(random, data)])
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        folders = [
+            trained(args.runs / f"{method}-{s}", f"--method {method}", s, args.data_root) for s in range(args.seeds)
+        ]
+        rows = [cells([measure(folder, splits, order) for folder in folders]) for order in ORDERS]
+        random = trained(args.runs / f"{method}-random-0", f"--method {method} --pretrained none", 0, args.data_root)
+        rows.append(cells([measure(random, splits)]))
+        _, tuned = count_parameters(train.load_model(folders[0] / "checkpoint.pt")[0])
+        lines.append(f"| {title} | {tuned:,} | {' | '.join(cell for row in rows for cell in row)} |")
         if method == "zeroi2v":
-            merged = text([measure(folder, data, merged=True) for folder in folders])
-            lines.append(f"| {title}, merged | | {merged} | | | |")
-    lines += ["", "| AIM's table 1 | tunable | monotone | jumping |", "|---" * 4 + "|"]
+            merged = cells([measure(folder, splits, merged=True) for folder in folders])
+            lines.append(f"| {title}, merged | | {' | '.join(merged)} |{' |' * (len(heads) - 4)}")
+        if args.checkpoints:
+            write_small(folders[0] / "checkpoint.pt", HERE / "checkpoints" / f"{method}.pt")
+    lines += ["", "| AIM's table 1 in small | tuned | monotone | jumping |", "|---" * 4 + "|"]
     for title, (name, flags) in ABLATION.items():
-        monotone, jumping, tunable = measure(trained(args.runs / f"{name}-0", flags, 0, args.data_root), data)
-        lines.append(f"| {title} | {tunable:,} | {monotone:.1f} | {jumping:.1f} |")
+        folder = trained(args.runs / f"{name}-0", flags, 0, args.data_root)
+        _, tuned = count_parameters(train.load_model(folder / "checkpoint.pt")[0])
+        lines.append(f"| {title} | {tuned:,} | {' | '.join(cells([measure(folder, splits)]))} |")
     print("", *lines, sep="\n")
+
+
+def write_small(source, target):
+    """A checkpoint in half precision and without the optimizer, for `train.load_model` and --init."""
+    checkpoint = train.read(source)
+    state = {name: x.half() if x.is_floating_point() else x for name, x in checkpoint["state"].items()}
+    run = checkpoint["run"] | {"data_root": ""}
+    target.parent.mkdir(exist_ok=True)
+    save({"run": run, "classes": checkpoint["classes"], "state": state}, target)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -59,15 +58,14 @@ def stepper(method, variant, precision, args):
     """-> a function that takes one training step, and the step's products and FLOPs as eager PyTorch has them"""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    cls, recipes = train.METHODS["finetune" if variant == "plain ViT" else method]
+    cls, recipes, *_ = train.METHODS["finetune" if variant == "plain ViT" else method]
     keywords = recipes[args.recipe].get("model", {})
     clip = common.ViT(**getattr(common, args.backbone), quick_gelu=True)
     model = cls(clip, 400, num_frames=args.frames, **keywords).to(device).train()
-    run = dict(precision=precision, weight_decay=0.05, temporal_lr=1.0)
+    run, world = dict(weight_decay=0.05, embedding_lr=1.0), train.World(device, train.DTYPES[precision])
     if variant == "--recompute":
         common.recompute(model)
-    if precision != "fp32":
-        common.cast_frozen(model, train.DTYPES[precision])
+    common.cast_frozen(model, world.dtype)
     optimizer = torch.optim.AdamW(train.parameter_groups(model, run), lr=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     forward = torch.compile(model) if variant == "--compile" else model
@@ -75,8 +73,8 @@ def stepper(method, variant, precision, args):
     label = torch.randint(400, (args.batch_size,), device=device)
 
     def forward_backward(forward):
-        with train.autocast(run, device):
-            loss = F.cross_entropy(forward(common.normalize(video, model.vit)).float(), label)
+        with world.autocast():
+            loss = model.loss(forward(common.normalize(video, model.vit)), label).mean()
         scaler.scale(loss).backward()
 
     def step():

@@ -1,5 +1,6 @@
 """AIM against its paper's table, the authors' released behaviour, and its own claims."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,28 @@ def test_training_changes_what_is_tuned_and_nothing_else():
     assert {k for k in changed if k.startswith("vit.")} == {"vit.ln_post.weight", "vit.ln_post.bias"}
 
 
+def test_initial_values_are_the_papers_and_the_released_codes():
+    model = tiny(temporal_in=True)
+    for block in model.adapters.values():
+        for adapter in (block.spatial, block.temporal, block.temporal_in, block.joint):
+            assert adapter.fc1.weight.std() > 0.01  # "randomly initialized", appendix A
+            assert not adapter.fc2.weight.any() and not adapter.fc2.bias.any()
+    assert model.temporal_embedding.shape == (1, 4, 64) and not model.temporal_embedding.any()
+
+
+def test_recipes_are_the_papers():
+    k400 = dict(epochs=30, warmup_epochs=3, batch_size=64, lr=3e-4, weight_decay=0.05, span=128, views=(3, 1))
+    k400 |= dict(augment=dict(crop=(0.08, 1.0), flip=0.5), model=dict(drop_path=0.2))
+    ssv2 = k400 | dict(epochs=50, span=0, views=(1, 3), label_smoothing=0.1)
+    ssv2["augment"] = dict(crop=(0.08, 1.0), randaugment=(4, 7), erasing=0.25)  # no flip
+    ssv2["model"] = dict(drop_path=0.2, temporal_in=True)
+    assert aim.RECIPES["k400"] == aim.RECIPES["k700"] == k400
+    assert aim.RECIPES["ssv2"] == ssv2
+    assert aim.RECIPES["diving48"] == k400 | dict(epochs=50, span=0, views=(1, 1))
+    defaults = {key: p.default for key, p in inspect.signature(AIM).parameters.items()}
+    assert defaults | dict(ratio=0.25, scale=0.5, drop_path=0.2, dropout=0.5, temporal_in=False) == defaults
+
+
 def moves_with_time(model):
     video = torch.randn(2, 4, 3, 32, 32)
     return not torch.allclose(model(video), model(video.flip(1)), atol=1e-4)
@@ -185,6 +208,53 @@ def test_stochastic_depth_rises_over_the_blocks_and_rests_in_evaluation():
     model.train()
     features = model.features(video)
     assert not torch.allclose(features[0], features[1]) or not torch.allclose(features[0], features[2])
+
+
+def test_stochastic_depth_drops_the_temporal_branch_and_the_joint_adapter_and_nothing_else():
+    video = torch.randn(2, 4, 3, 32, 32)
+    model = randomize(tiny(dropout=0.0)).train()
+    for block in model.adapters.values():
+        block.drop_path.p = 1.0
+    dropped = model(video)
+    for block in model.adapters.values():
+        block.temporal = block.joint = None
+    torch.testing.assert_close(model(video), dropped)
+    for block in model.adapters.values():
+        block.spatial = torch.nn.Identity()
+    assert not torch.allclose(model(video), dropped, atol=1e-3)
+
+
+def test_dropout_stands_before_the_classifier():
+    model, video = randomize(tiny(drop_path=0.0, dropout=1.0)).train(), torch.randn(2, 4, 3, 32, 32)
+    torch.testing.assert_close(model(video), model.head.bias.expand(2, -1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_an_exported_or_traced_model_takes_any_batch():
+    model = randomize(AIM(ViT(32, 8, 64, 1, 4), 5, 4, temporal_in=True)).eval()
+    video = torch.randn(3, 4, 3, 32, 32)
+    dynamic = {"video": {0: torch.export.Dim("batch", min=1)}}
+    exported = torch.export.export(model, (video[:2],), dynamic_shapes=dynamic).module()
+    for frozen in (exported, torch.jit.trace(model, video[:2])):
+        for count in (1, 3):
+            torch.testing.assert_close(frozen(video[:count]), model(video[:count]))
+
+
+def test_recomputed_gradients_are_the_same():
+    gradients, video = [], torch.randn(2, 4, 3, 32, 32)
+    for again in (False, True):
+        model = randomize(tiny(temporal_in=True, dropout=0.0, drop_path=0.0))
+        if again:
+            common.recompute(model)
+        runs = []
+        for block in model.vit.blocks:
+            block.mlp.c_proj.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        model(video).square().sum().backward()
+        assert len(runs) == 4  # once per block: recomputation stops before W_down
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.requires_grad})
+    assert all(g.abs().max() > 0 for g in gradients[0].values())
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_clip_of_another_length_is_refused():

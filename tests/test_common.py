@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -50,7 +51,8 @@ def test_features_equal_open_clips_from_every_kind_of_file(theirs, images, tmp_p
         torch.save(
             {"whole.pt": clip.state_dict(), "visual.pt": clip.visual.state_dict(), "nested.pt": nested}[form], path
         )
-    assert_same_features(load_clip(NAME, path, quick_gelu=quick_gelu), clip, images)
+    # open_clip has no model of this name with the ending.
+    assert_same_features(load_clip(NAME + "-quickgelu" if quick_gelu else NAME, path), clip, images)
 
 
 class Archive(torch.nn.Module):
@@ -74,8 +76,11 @@ class Archive(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_openais_torchscript_archive_loads_with_quick_gelu(theirs, images, tmp_path):
     path = tmp_path / "ViT-S-32.pt"
-    sizes = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77)}
-    torch.jit.save(torch.jit.script(Archive({**theirs[True].state_dict(), **sizes})), path)
+    state = theirs[True].state_dict()
+    torch.jit.save(torch.jit.script(Archive(state)), path)
+    assert_same_features(load_clip(NAME, path), theirs[True], images)
+    # As a state dict that somebody took out of it:
+    torch.save({**state, "input_resolution": torch.tensor(224), "context_length": torch.tensor(77)}, path)
     assert_same_features(load_clip(NAME, path), theirs[True], images)
 
 
@@ -94,7 +99,7 @@ def test_openais_torchscript_archive_loads_with_quick_gelu(theirs, images, tmp_p
 def test_activation_follows_the_weights(monkeypatch, name, tag, quick):
     state = {}
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: __file__)
-    monkeypatch.setattr(common, "read_weights", lambda path: (state, False))
+    monkeypatch.setattr(common, "read_checkpoint", lambda path: state)
     monkeypatch.setattr(common, "image_tower", lambda state, shape: state)
     monkeypatch.setattr(common, "load_strict", lambda *args: None)
     with torch.device("meta"):
@@ -102,6 +107,23 @@ def test_activation_follows_the_weights(monkeypatch, name, tag, quick):
     assert isinstance(vit.blocks[0].mlp.gelu, common.QuickGELU) == quick
     recorded = open_clip.get_pretrained_cfg(name, tag)
     assert (vit.mean, vit.std) == (recorded["mean"], recorded["std"])
+
+
+@pytest.mark.parametrize(
+    ("name", "quick"),
+    [
+        ("ViT-S-32", False),
+        ("ViT-S-32-quickgelu", True),  # open_clip has no model of this name with the ending,
+        ("ViT-B/16-quickgelu", True),  # but of this
+        ("vit_base_patch16_224.augreg_in21k", False),
+        ("vit_base_patch16_224.augreg_in21k-quickgelu", True),
+        ("EVA02-E-14-quickgelu", True),
+    ],
+)
+def test_a_name_that_ends_in_quickgelu_means_it(name, quick):
+    with torch.device("meta"):
+        vit = load_clip(name, None)
+    assert {type(block.mlp.gelu) for block in vit.blocks} == {common.QuickGELU if quick else torch.nn.GELU}
 
 
 def test_positions_are_resized_as_open_clip_does(theirs, tmp_path):
@@ -175,9 +197,10 @@ def test_weights_of_another_model_name_what_differs(theirs, tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"misses ln_post.bias"):
         load_clip(NAME, path)
-    torch.save({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="no CLIP image tower"):
-        load_clip(NAME, path)
+    for without in ({"a": torch.zeros(1)}, {}):
+        torch.save(without, path)
+        with pytest.raises(ValueError, match="no CLIP image tower"):
+            load_clip(NAME, path)
     for path in (tmp_path / "text.pt", tmp_path / "text.safetensors", tmp_path / "empty.pt"):
         path.write_text("" if path.stem == "empty" else json.dumps({"not": "weights"}))
         with pytest.raises(ValueError, match="can be read safely"):
@@ -187,6 +210,15 @@ def test_weights_of_another_model_name_what_differs(theirs, tmp_path):
 def test_quick_gelu_is_openais():
     x = torch.linspace(-6, 6, 101)
     torch.testing.assert_close(common.QuickGELU()(x), x * torch.sigmoid(1.702 * x))
+
+
+def test_the_loss_is_cross_entropy_per_clip_in_float32_and_0_for_clips_that_could_not_be_read():
+    logits, label = torch.randn(4, 5).bfloat16(), torch.tensor([3, 0, -100, 4])
+    log_p = torch.log_softmax(logits.float(), 1)
+    for smoothing in (0.0, 0.3):
+        target = (1 - smoothing) * F.one_hot(label.clamp(min=0), 5) + smoothing / 5
+        loss = common.SpaceOnly.loss(logits, label, smoothing)
+        torch.testing.assert_close(loss, -(target * log_p).sum(1) * torch.tensor([1, 1, 0, 1]))
 
 
 def test_frozen_weights_in_half_precision_answer_alike():
@@ -208,6 +240,23 @@ def test_the_space_only_model_is_blind_to_order():
     video = torch.randn(2, 4, 3, 32, 32)
     torch.testing.assert_close(model(video), model(video.flip(1)))
     assert common.count_parameters(model)[1] == 64 * 5 + 5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_an_exported_or_traced_model_takes_any_batch():
+    model, video = common.SpaceOnly(ViT(32, 8, 64, 1, 4), 5, 4).eval(), torch.randn(3, 4, 3, 32, 32)
+    dynamic = {"video": {0: torch.export.Dim("batch", min=1)}}
+    exported = torch.export.export(model, (video[:2],), dynamic_shapes=dynamic).module()
+    for frozen in (exported, torch.jit.trace(model, video[:2])):
+        for count in (1, 3):
+            torch.testing.assert_close(frozen(video[:count]), model(video[:count]))
+
+
+def test_the_classifiers_initial_values_are_the_released_codes():
+    head = common.SpaceOnly(ViT(32, 8, 64, 1, 4), 1000).head
+    assert head.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert head.weight.mean().abs() < 1e-3 and not head.bias.any()
 
 
 def test_gflops_of_the_plain_vit_are_the_papers():

@@ -1,5 +1,6 @@
 """ST-Adapter against its paper's tables, the authors' released behaviour, and its own claims."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -194,6 +195,26 @@ def test_the_adapter_is_eq_1_on_patches_and_nothing_on_the_class_token(activatio
     assert torch.equal(answer[:, :, 0], z[:, :, 0])
 
 
+def test_initial_values_are_the_released_codes():
+    for adapters in tiny(before_attention=True, kernel=(3, 3, 3)).adapters:
+        for adapter in adapters.values():
+            zero = {name for name, p in adapter.named_parameters() if not p.any()}
+            assert zero == {"conv.weight", "conv.bias", "down.bias", "up.bias"}
+            for fc, inputs in ((adapter.down, 64), (adapter.up, 24)):  # PyTorch's own: uniform within 1 / sqrt(inputs)
+                assert 0.9 < fc.weight.abs().max() * inputs**0.5 <= 1
+
+
+def test_recipes_are_the_released_ones():
+    k400 = dict(epochs=12, warmup_epochs=2, batch_size=192, lr=1e-3, lr_batch=256, weight_decay=1e-2, span=128)
+    k400 |= dict(views=(3, 1), augment=dict(short_side=(1.0, 1.15), flip=0.5))
+    ssv2 = k400 | dict(epochs=50, batch_size=256, span=0, views=(1, 3), model=dict(before_attention=True))
+    ssv2["augment"] = dict(crop=(0.08, 1.0), randaugment=(4, 7))  # no flip
+    assert st_adapter.RECIPES["k400"] == k400 and st_adapter.RECIPES["ssv2"] == ssv2
+    defaults = {key: p.default for key, p in inspect.signature(STAdapter).parameters.items()}
+    released = dict(bottleneck=384, kernel=(3, 1, 1), before_attention=False, before_mlp=True, activation="none")
+    assert defaults | released | dict(dropout=0.5, blocks="all") == defaults
+
+
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="none, relu, gelu"):
         tiny(activation="tanh")
@@ -287,6 +308,23 @@ def test_training_changes_what_is_tuned_and_nothing_else():
     dead = {k for k in before if k.startswith("adapters.3.mlp.")}
     assert unchanged == {k for k in before if k.startswith("vit.")} | dead
     assert set(common.tuned_state(model)) == {k for k in before if not k.startswith("vit.")}
+
+
+def test_dropout_stands_before_the_classifier():
+    model = randomize(tiny(dropout=1.0)).train()
+    torch.testing.assert_close(model(clips()), model.head.bias.expand(2, -1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (3, 3, 3)])
+def test_an_exported_or_traced_model_takes_any_batch(kernel):
+    model, video = randomize(tiny(layers=2, kernel=kernel, before_attention=True)).eval(), clips(count=3)
+    dynamic = {"video": {0: torch.export.Dim("batch", min=1)}}
+    exported = torch.export.export(model, (video[:2],), dynamic_shapes=dynamic).module()
+    for frozen in (exported, torch.jit.trace(model, video[:2])):
+        for count in (1, 3):
+            torch.testing.assert_close(frozen(video[:count]), model(video[:count]))
 
 
 # Memory

@@ -4,14 +4,14 @@ import copy
 from collections import Counter
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
-import train
 import zeroi2v
-from colab import tables
+from colab import merge, tables
 from common import B16, L14, ViT
 from zeroi2v import ZeroI2V
 
@@ -237,7 +237,7 @@ def test_stdha_is_attention_with_each_heads_keys_and_values_from_its_frame(offse
                 source = t + offsets[i] if 0 <= t + offsets[i] < T else t
                 scores = q[b, t, :, c] @ k[b, source, :, c].T / size**0.5
                 expected[b, t, :, c] = scores.softmax(-1) @ v[b, source, :, c]
-    torch.testing.assert_close(model.blocks[0].stdha(z, block), attn.out_proj(expected))
+    torch.testing.assert_close(model.blocks[0].stdha(block.ln_1(z), block), attn.out_proj(expected))
 
 
 def test_channels_and_class_are_the_other_operators_of_table_1():
@@ -245,7 +245,13 @@ def test_channels_and_class_are_the_other_operators_of_table_1():
     share = tiny(temporal="channels", offsets="-1 1").blocks[0].relocate(x, heads=4)[0, 1].unflatten(-1, (4, 16))
     # Two of four heads move whole, so of every head a quarter of the channels moves each way.
     assert torch.equal(share, torch.tensor([0.0] * 4 + [2.0] * 4 + [1.0] * 8).expand(17, 4, 16))
-    token = tiny(temporal="class", offsets="-1 1").blocks[0].normed(torch.nn.Identity(), x)[0, 1]
+    model, seen = tiny(temporal="class", offsets="-1 1"), []
+    model.vit.blocks[0].mlp.gelu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    moved = torch.cat([zeroi2v.shift(x[:, :, :1], model.blocks[0].groups), x[:, :, 1:]], dim=2)
+    model.blocks[0].mlp(x, model.vit.blocks[0])
+    plain = tiny(temporal="none").blocks[0]
+    torch.testing.assert_close(model.blocks[0].mlp(x, model.vit.blocks[0]), plain.mlp(moved, model.vit.blocks[0]))
+    token = moved[0, 1]
     assert torch.equal(token[0], torch.tensor([0.0] * 16 + [2.0] * 16 + [1.0] * 32))
     assert torch.equal(token[1:], x[0, 1, 1:])
 
@@ -337,8 +343,8 @@ def test_merging_costs_no_precision_in_bf16(switches, tower):
     model = randomize(tiny(vit=tower, **switches), std=0.03).eval()
     video = torch.randn(16, 4, 3, 32, 32)
     exact, half = model(video), []
-    for merge in (False, True):
-        cast = copy.deepcopy(model).merge() if merge else copy.deepcopy(model)
+    for merged in (False, True):
+        cast = copy.deepcopy(model).merge() if merged else copy.deepcopy(model)
         common.cast_frozen(cast, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             half.append(cast(video).float())
@@ -350,6 +356,92 @@ def rms(x):
     return x.square().mean().sqrt()
 
 
+def test_shift_takes_each_head_from_its_frame_and_keeps_the_own_one_at_the_borders():
+    x = torch.arange(4.0)[None, :, None].expand(1, 4, 6)  # every channel of frame t is t
+    shifted = zeroi2v.shift(x, [(dt, 1) for dt in (-1, 1, 2, -2, 0, 4)])[0].T
+    assert shifted.tolist() == [[0, 0, 1, 2], [1, 2, 3, 3], [2, 3, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_initial_values_are_the_released_codes():
+    for switches, count in ((dict(adapt=SIX), 6), (dict(kind="gelu"), 4), (dict(kind="lora"), 6)):
+        model = tiny(**switches)
+        assert torch.equal(model.temporal_embedding, torch.zeros(1, 4, 64))
+        for block in model.blocks:
+            assert len(block.adapters) == count
+            for adapter in block.adapters.values():
+                first, last = (adapter.down, adapter.up) if "lora" in switches.values() else (adapter.fc1, adapter.fc2)
+                assert not any(p.any() for p in last.parameters()) and all(p.any() for p in first.parameters())
+    for adapter in tiny(kind="temporal heads", offsets="0 1").blocks[0].adapters.values():
+        assert adapter.channels.tolist() == list(range(16, 32)) and not adapter.weight.any()
+    head = tiny(num_classes=400).head
+    assert head.weight.std().item() == pytest.approx(0.02, rel=0.02) and not head.bias.any()
+
+
+RANDOM = dict(crop=(0.08, 1.0), flip=0.5, randaugment=(4, 7))  # four operations of magnitude 7
+EXPECTED_RECIPES = {
+    "k400": dict(
+        epochs=40, warmup_epochs=2.5, batch_size=64, lr=3e-4, weight_decay=0.05, span=128, views=(3, 1), augment=RANDOM
+    ),
+    "ssv2": dict(
+        epochs=50,
+        warmup_epochs=2.5,
+        batch_size=64,
+        lr=3e-4,
+        weight_decay=0.05,
+        span=0,
+        views=(1, 3),
+        label_smoothing=0.1,
+        augment=RANDOM | dict(erasing=0.25),
+        model=dict(dataset="ssv2", scale=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED_RECIPES)
+def test_recipes_are_table_7_and_the_released_configurations(name):
+    assert zeroi2v.RECIPES[name] == EXPECTED_RECIPES[name]
+    model = tiny(**zeroi2v.RECIPES[name].get("model", {}))
+    assert {adapter.scale for block in model.blocks for adapter in block.adapters.values()} == {
+        {"k400": 0.5, "ssv2": 1.0}[name]
+    }
+    assert model.dropout.p == 0.5
+
+
+def test_adapter_is_the_scaled_bottleneck_with_a_skip_and_dropout_between_its_two_layers():
+    adapter, x = randomize(zeroi2v.LinearAdapter(8, 3, scale=0.5, dropout=1.0), std=1.0), torch.randn(5, 8)
+    torch.testing.assert_close(adapter.eval()(x), x + 0.5 * adapter.fc2(adapter.fc1(x)))
+    torch.testing.assert_close(adapter.train()(x), x + 0.5 * adapter.fc2.bias)  # all of the middle is dropped
+    model = randomize(tiny(dropout=1.0)).train()
+    torch.testing.assert_close(model(torch.randn(2, 4, 3, 32, 32)), model.head.bias.expand(2, 5))
+    assert [a.dropout.p for a in tiny(adapter_dropout=0.1).blocks[0].adapters.values()] == [0.1] * 4
+
+
+@torch.no_grad()
+def test_merging_is_done_in_float64():
+    """The merged weights are the exact ones, rounded to float32 once."""
+    model = randomize(tiny(scale=1.0), std=0.5)
+    block, adapters = copy.deepcopy(model.vit.blocks[0]).double(), copy.deepcopy(model.blocks[0].adapters).double()
+    model.merge()
+    a, b = (torch.eye(64) + x.fc2.weight @ x.fc1.weight for x in (adapters["up"], adapters["down"]))
+    merged = model.vit.blocks[0].mlp
+    assert torch.equal(merged.c_fc.weight, (block.mlp.c_fc.weight @ a).float())
+    assert torch.equal(merged.c_proj.weight, (b @ block.mlp.c_proj.weight).float())
+
+
+@pytest.mark.filterwarnings("ignore")  # that the trace keeps the number of frames, and is deprecated
+@pytest.mark.parametrize("merged", [False, True], ids=["adapters", "merged"])
+@torch.no_grad()
+def test_batch_size_may_change_after_export_and_trace(merged):
+    model = randomize(tiny()).eval()
+    model = model.merge() if merged else model
+    video = torch.randn(5, 4, 3, 32, 32)
+    dynamic = {"video": {0: torch.export.Dim("batch", min=1, max=64)}}
+    exported = torch.export.export(model, (video[:2],), dynamic_shapes=dynamic).module()
+    for compiled in (exported, torch.jit.trace(model, video[:2])):
+        for clips in (1, 5):
+            torch.testing.assert_close(compiled(video[:clips]), model(video[:clips]))
+
+
 def test_adapters_with_an_activation_do_not_merge():
     with pytest.raises(ValueError, match="activation cannot be merged"):
         tiny(kind="gelu").merge()
@@ -357,106 +449,87 @@ def test_adapters_with_an_activation_do_not_merge():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """What train.py saves of a model -> (the file, the model, its run)"""
+    """What train.py saves of a model -> (the file, the model)"""
 
-    def save(method="zeroi2v", *flags, **more):
-        run = train.settings(train.parse(["--method", method, "--data", "toy", "--device", "cpu", *flags])) | more
-        classes = ["grows", "shrinks", "moves right"]
-        model = train.build(run, len(classes), torch.device("cpu")).eval()
+    def save(backbone="ViT-Toy-16", pretrained="shipped", image_size=0, method="zeroi2v", seed=0, **switches):
+        switches = dict(offsets="-1 1 2", adapt="q k v o up down") | switches
+        clip = common.load_clip(backbone, None if pretrained == "none" else pretrained, image_size or None)
+        model = ZeroI2V(clip, 3, 4, **switches).eval()
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
                     p += 0.05 * torch.randn_like(p)
-        path, state = tmp_path / "checkpoint.pt", common.tuned_state(model)
-        train.save({"run": run, "state": state, "classes": classes, "groups": {}, "result": {}, "epoch": 8}, path)
-        return path, model, run
+        run = dict(method=method, backbone=backbone, pretrained=pretrained, image_size=image_size, num_frames=4)
+        state = model.state_dict() if pretrained == "none" else common.tuned_state(model)
+        classes = ["grows", "shrinks", "moves right"]
+        torch.save(
+            {"run": run | dict(seed=seed, model=switches), "state": state, "classes": classes}, tmp_path / "c.pt"
+        )
+        return tmp_path / "c.pt", model
 
     return save
 
 
-@pytest.mark.parametrize("flags", [(), ("--image-size", "32", "--set", "kind=lora")], ids=["toy", "lora at 32 pixels"])
+def rebuilt(path):
+    """As train.py does it -> the model"""
+    saved = torch.load(path, weights_only=True)
+    run = saved["run"]
+    clip = common.load_clip(run["backbone"], run["pretrained"], run["image_size"] or None)
+    model = ZeroI2V(clip, len(saved["classes"]), run["num_frames"], **run["model"]).eval()
+    common.load_tuned(model, saved["state"], path)
+    return model
+
+
+MERGED = {
+    "toy": {},
+    "lora at 32 pixels": dict(image_size=32, kind="lora"),
+    "quick": dict(backbone="ViT-Toy-16-quickgelu"),
+    "full": dict(kind="full"),
+    "random backbone": dict(pretrained="none"),
+}
+
+
+@pytest.mark.parametrize("how", MERGED.values(), ids=MERGED)
 @torch.no_grad()
-def test_merge_command_writes_a_clip_tower_and_a_checkpoint(checkpoint, tmp_path, capsys, flags):
-    import open_clip
-
-    path, model, run = checkpoint("zeroi2v", *flags)
+def test_merge_command_writes_a_clip_tower_and_a_checkpoint(checkpoint, tmp_path, capsys, how):
+    path, model = checkpoint(**how)
     size, out, beside = model.vit.image_size, tmp_path / "merged.pt", tmp_path / "merged.video.pt"
-    assert size == (32 if flags else 64)
-    zeroi2v.main(["merge", str(path), str(out)])
-    assert str(out) in (said := capsys.readouterr().out)
-    assert str(beside) in said
-
+    merge.main([str(path), str(out)])
+    said = capsys.readouterr().out
+    assert str(out) in said and str(beside) in said
+    again, video = rebuilt(beside), torch.randn(2, 4, 3, size, size)
+    torch.testing.assert_close(again(video), model(video), atol=1e-4, rtol=0)
+    assert common.count_parameters(again.blocks) == (0, 0)
+    if how:
+        return
     images = torch.randn(2, 3, size, size)
-    ours = common.load_clip("ViT-Toy-16", out, size).eval()  # which also tells open_clip of ViT-Toy-16
-    theirs = open_clip.create_model("ViT-Toy-16", pretrained=None, force_image_size=size).visual.eval()
+    ours, theirs = common.load_clip("ViT-Toy-16", out).eval(), open_clip.create_model("ViT-Toy-16").visual.eval()
     theirs.load_state_dict(torch.load(out, weights_only=True))  # strict
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
-    shipped = common.load_clip("ViT-Toy-16", "shipped", size).eval()
+    shipped = common.load_clip("ViT-Toy-16", "shipped").eval()
     assert torch.equal(ours.proj, shipped.proj)
     assert not torch.allclose(ours(images), shipped(images), atol=1e-2)  # something was merged into it
-
-    saved, again = rebuilt(beside)
-    video = torch.randn(2, run["num_frames"], 3, size, size)
-    torch.testing.assert_close(again(video), model(video), atol=1e-4, rtol=0)
-    assert saved["classes"] == ["grows", "shrinks", "moves right"]
-    assert common.count_parameters(again.blocks) == (0, 0)
-
-
-def rebuilt(path):
-    """As train.py --eval does it -> (the checkpoint, its model)"""
-    saved = train.load(path)
-    model = train.build(saved["run"], len(saved["classes"]), torch.device("cpu")).eval()
-    common.load_tuned(model, saved["state"], path)
-    return saved, model
-
-
-@torch.no_grad()
-def test_merge_command_keeps_the_activation_that_the_run_was_trained_with(checkpoint, tmp_path):
-    path, model, run = checkpoint(quick_gelu=True)
-    zeroi2v.main(["merge", str(path), str(tmp_path / "merged.pt")])
-    video = torch.randn(2, run["num_frames"], 3, 64, 64)
-    torch.testing.assert_close(rebuilt(tmp_path / "merged.video.pt")[1](video), model(video), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("flags", [("--set", "kind=full"), ("--pretrained", "none")], ids=" ".join)
-@torch.no_grad()
-def test_merge_command_reads_a_checkpoint_with_the_whole_tower(checkpoint, tmp_path, flags):
-    path, model, run = checkpoint("zeroi2v", *flags)
-    if run["pretrained"] is None:  # as train.py saves it then; the seed must not matter
-        saved = torch.load(path, weights_only=True)
-        torch.save(saved | {"state": model.state_dict(), "run": run | {"seed": 5}}, path)
-    zeroi2v.main(["merge", str(path), str(tmp_path / "merged.pt")])
-    video = torch.randn(2, run["num_frames"], 3, 64, 64)
-    torch.testing.assert_close(rebuilt(tmp_path / "merged.video.pt")[1](video), model(video), atol=1e-4, rtol=0)
 
 
 def test_merge_command_refuses_in_a_sentence(checkpoint, tmp_path):
     text, stranger = tmp_path / "notes.txt", tmp_path / "weights.pt"
-    text.write_text("not a checkpoint\n")
+    text.write_text("not a checkpoint")
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, stranger)
-    path, _, _ = checkpoint("aim")
     for source, sentence in (
-        (tmp_path / "nothing.pt", "nothing.pt is not a checkpoint of train.py"),
-        (text, "notes.txt is not a checkpoint of train.py"),
+        (tmp_path / "nothing.pt", "there is no checkpoint"),
+        (text, "notes.txt is not a checkpoint that can be read safely"),
         (stranger, "weights.pt is not a checkpoint of train.py"),
-        (path, "checkpoint.pt is of --method aim, which does not merge"),
+        (checkpoint(method="aim")[0], "c.pt is not a checkpoint of train.py --method zeroi2v"),
     ):
         refused(source, tmp_path / "out.pt", sentence)
-    path, _, _ = checkpoint("zeroi2v", "--set", "kind=gelu")
-    refused(path, tmp_path / "out.pt", "an adapter with an activation cannot be merged")
-
-
-def test_merge_command_refuses_a_folder_that_is_not_there_in_a_sentence(checkpoint, tmp_path):
-    path, _, _ = checkpoint()
-    refused(path, tmp_path / "no such folder" / "out.pt", "no such folder")
+    refused(checkpoint(kind="gelu")[0], tmp_path / "out.pt", "an adapter with an activation cannot be merged")
+    refused(checkpoint()[0], tmp_path / "no such folder" / "out.pt", "no such folder")
 
 
 def refused(source, out, sentence):
     with pytest.raises(SystemExit) as stop:
-        zeroi2v.main(["merge", str(source), str(out)])
-    assert sentence in stop.value.code
-    assert stop.value.code.startswith("zeroi2v.py: ")
-    assert "\n" not in stop.value.code
+        merge.main([str(source), str(out)])
+    assert sentence in stop.value.code and stop.value.code.startswith("zeroi2v.py: ") and "\n" not in stop.value.code
     assert not out.exists()
 
 
@@ -480,12 +553,12 @@ def test_training_changes_what_is_tuned_and_nothing_else(kind):
 
 def test_wrong_switches_are_refused_in_a_sentence():
     for switches, sentence in (
-        (dict(kind="linaer"), "kind is 'linaer'; it must be one of: linear, gelu, lora"),
-        (dict(temporal="shift"), "temporal is 'shift'; it must be one of: heads, channels, class, none"),
+        (dict(kind="linaer"), "kind is 'linaer'; it must be of: linear, gelu, lora"),
+        (dict(temporal="shift"), "temporal is 'shift'; it must be of: heads, channels, class, none"),
         (dict(dataset="ucf101"), "dataset is 'ucf101'; table 6 has k400 and ssv2"),
-        (dict(adapt="q w"), "adapt is 'q w'; linear goes with some of q, k, v, o, up, down, or qkv"),
-        (dict(adapt="qkv q"), "adapt is 'qkv q'"),
-        (dict(kind="lora", adapt="qkv o"), "adapt is 'qkv o'; lora goes with"),
+        (dict(adapt="w"), "adapt is 'w'; it must be of"),
+        (dict(adapt="qkv q"), "adapt is '.*'; it must be of"),
+        (dict(kind="lora", adapt="qkv"), "adapt is 'qkv'; it must be of"),
         (dict(offsets="-1 1 -2 2 3"), "5 head offsets for a ViT of 4 heads"),
     ):
         with pytest.raises(ValueError, match=sentence):
