@@ -319,7 +319,7 @@ def load_clip(name, pretrained="openai", image_size=None):
             raise FileNotFoundError(f"{pretrained!r} is neither a file nor a tag of {name} (its tags: {tags})")
         state = tensors_of(read_checkpoint(path))
 
-    from_openai = "input_resolution" in state  # a key that only OpenAI's archives hold
+    from_openai = "input_resolution" in state  # a key that only OpenAI's archives hold, and what is taken out of them
     quick_gelu = quick_gelu or from_openai or shape["quick_gelu"] or record.get("quick_gelu", False)
     vit = ViT(**dict(shape, image_size=image_size or shape["image_size"], quick_gelu=quick_gelu))
     vit.mean, vit.std = record.get("mean", CLIP_MEAN), record.get("std", CLIP_STD)
@@ -342,8 +342,7 @@ def clip_shape(name, config):
 
 
 def read_checkpoint(path):
-    """The dictionary in a file of torch.save or safetensors, or in a TorchScript archive, as OpenAI's are. No pickle in
-    it is run. Raises FileNotFoundError and ValueError."""
+    """The dictionary in a file of torch.save, safetensors or TorchScript. No pickle is run. Raises OSError, ValueError."""
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -353,7 +352,8 @@ def read_checkpoint(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict()
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+            return {"input_resolution": torch.tensor(0)} | state  # the mark of OpenAI's weights, see `load_clip`
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the unpickler, the zip reader and TorchScript each raise their own
         raise ValueError(f"{path} is not a checkpoint that can be read safely, or it is damaged") from error
