@@ -432,7 +432,7 @@ def ucf(file, split):
 
 
 def hmdb(file, split):
-    # One file per class, CLASS_test_split1.txt: NAME.avi and what the video is for: 1 training, 2 testing, 0 nothing.
+    # `file` is the first class's; all lie beside it. NAME.avi and what the video is for: 1 training, 2 testing, 0 nothing.
     end = file.name.removeprefix("brush_hair")
     for one in sorted(file.parent.glob(f"*{end}")):
         for name, use in (line.rsplit(maxsplit=1) for line in lines_of(one)):

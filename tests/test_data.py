@@ -342,12 +342,15 @@ def test_gray_and_erasing_happen_as_often_as_they_should(name, rate):
 
 
 def test_jitter_changes_brightness_contrast_and_saturation_within_its_range():
-    plain = drawn(1)[0, 0].float()
-    clips = drawn(100, jitter=0.4)[:, 0].float()
-    ratio = clips.mean((1, 2, 3)) / plain.mean()
-    assert 0.5 < ratio.min() < 0.8 and 1.2 < ratio.max() < 1.5
-    saturation = (clips.amax(1) - clips.amin(1)).mean((1, 2)) / (plain.amax(0) - plain.amin(0)).mean()
-    assert saturation.min() < 0.6 and saturation.max() > 1.2
+    def measured(clips):
+        """Mean, spread of the brightness over the mean, spread of the colours over that of the brightness."""
+        gray = clips.mean(1)
+        spread, colors = gray.std((1, 2)), (clips - gray[:, None]).std((1, 2, 3))
+        return torch.stack([gray.mean((1, 2)), spread / gray.mean((1, 2)), colors / spread])
+
+    ratios = measured(drawn(150, jitter=0.4)[:, 0].float()) / measured(drawn(1)[:, 0].float())
+    for least, most in zip(ratios.amin(1), ratios.amax(1)):
+        assert 0.5 < least < 0.8 and 1.2 < most < 1.6
 
 
 def test_the_short_side_before_the_random_crop_is_drawn_from_its_range():
@@ -360,6 +363,18 @@ def test_the_short_side_before_the_random_crop_is_drawn_from_its_range():
         widths.append(255 * 31 / (row[-1] - row[0]).item())
         starts.add(row[0].item())
     assert 58 < min(widths) < 70 and 88 < max(widths) < 106 and len(starts) > 20  # 2 x 32 to 2 x 48, wherever
+
+
+def test_the_area_of_the_random_crop_is_drawn_from_its_range():
+    """Red rises to the right and green downwards, so that both tell how much of the frame is left."""
+    ramp = torch.linspace(0, 255, 256).to(torch.uint8)
+    frame = torch.stack([ramp.expand(256, 256), ramp.expand(256, 256).T, ramp.expand(256, 256)])[None]
+    transform, areas = data.train_transform(32, crop=(0.2, 0.5)), []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        red, green, _ = transform(frame)[0].float()
+        areas.append(((red[0, -1] - red[0, 0]) * (green[-1, 0] - green[0, 0])).item() / (255 * 31 / 32) ** 2)
+    assert 0.18 < min(areas) < 0.24 and 0.46 < max(areas) < 0.53
 
 
 def test_randaugment_does_each_operation_half_of_the_time_at_the_magnitude(monkeypatch):
@@ -485,6 +500,11 @@ def test_broken_videos_are_replaced_in_training_and_left_out_of_testing(clips, t
         assert label == 0 and "broken.mp4" in problem and torch.equal(video, training[3 * draw][0])
         stand_ins.add(path)
     assert stand_ins == {clips[0].path, clips[2].path} and training[1][2:] == (clips[0].path, "")
+    (tmp_path / "worse.mp4").write_text("worse")
+    worse = [Clip(str(tmp_path / "worse.mp4"), 1)] * 3
+    for draw in range(8):  # after other broken videos one is found, and the problem is that of the video asked for
+        _, label, path, problem = VideoDataset([broken, *worse, clips[0]], 4, 32, augment={})[5 * draw]
+        assert (label, path) == (0, clips[0].path) and "broken.mp4" in problem and "worse.mp4" not in problem
     damaged = VideoDataset([Clip(str(VIDEOS / "corrupted.mp4"), 1), clips[0]], 16, 32, augment={})
     assert all("corrupted.mp4: damaged" in damaged[2 * draw][3] for draw in range(4))  # whichever frames were drawn
     testing = VideoDataset([broken, clips[0]], 4, 32, views=(2, 3))

@@ -48,12 +48,8 @@ def flags(folder, out, *more):
     return [*fixed.split(), "--data", str(folder), "--out", str(out), *map(str, more)]
 
 
-def resume(out, *more):
-    return train.main(["--resume", "--out", str(out), "--workers", "0", "--device", "cpu", *map(str, more)])
-
-
-def evaluate(checkpoint, *more):
-    return train.main(["--eval", "--checkpoint", str(checkpoint), "--workers", "0", "--device", "cpu", *map(str, more)])
+def cpu(*argv):
+    return train.main([*map(str, argv), "--workers", "0", "--device", "cpu"])
 
 
 def start(argv, code=None, processes=1, **options):
@@ -125,8 +121,9 @@ def trained(folder, tmp_path_factory):
     return out, printed, shown.decode()
 
 
-def test_a_run_leaves_a_log_its_settings_a_table_and_a_small_checkpoint(trained):
-    out, printed, _ = trained
+def test_a_run_shows_a_bar_and_leaves_a_log_its_settings_a_table_and_a_small_checkpoint(trained):
+    out, printed, shown = trained
+    assert all(words in shown for words in ("1/6", "6/6", "epoch 2/2", "loss ", "top-1 ", "clips/s", "<00:", "\r"))
     for words in ("lr=0.008", "epochs=2", "'drop_path': 0.0", "val: top1", "of 7 videos", "M parameters tuned"):
         assert words in printed
     files = {"best.pt", "checkpoint.pt", "log.jsonl", "run.json", "skipped.txt", "val_classes.csv"}
@@ -144,15 +141,17 @@ def test_a_run_leaves_a_log_its_settings_a_table_and_a_small_checkpoint(trained)
     assert tuned == moments == tunable
 
 
-def test_a_terminal_gets_a_progress_bar(trained):
-    for words in ("1/6", "6/6", "epoch 2/2", "loss ", "top-1 ", "clips/s", "<00:", "\r"):
-        assert words in trained[2]
-
-
-def test_accuracy_and_confusions_of_every_class_are_a_table(trained, tmp_path):
-    out, last = trained[0], lines(trained[0])[-1]["val"]
-    assert evaluate(out / "checkpoint.pt", "--out", tmp_path) == last and last.keys() == {"top1", "top5", "videos"}
-    for place in (out, tmp_path):
+def test_evaluation_sees_all_views_of_each_video_once_and_writes_a_table_of_the_classes(trained, tmp_path, monkeypatch):
+    seen, real = [], aim.AIM.features
+    monkeypatch.setattr(aim.AIM, "features", lambda self, video: seen.append(video.shape[:2]) or real(self, video))
+    ask, last = (
+        ["--eval", "--checkpoint", trained[0] / "checkpoint.pt", "--out", tmp_path],
+        lines(trained[0])[-1]["val"],
+    )
+    assert cpu(*ask, "--views", "2,3").keys() == last.keys() == {"top1", "top5", "videos"}
+    assert seen == [(6, 4)] * 7  # one video per batch, of 6 views and 4 frames
+    assert cpu(*ask) == last and last["videos"] == 7
+    for place in (trained[0], tmp_path):
         with open(place / "val_classes.csv", newline="") as file:
             header, *rows = csv.reader(file)
         assert header == ["class", "videos", "top1", "grows", "shrinks"] and [row[0] for row in rows] == header[3:]
@@ -162,44 +161,36 @@ def test_accuracy_and_confusions_of_every_class_are_a_table(trained, tmp_path):
         assert 100 * counts.diag().sum() / 7 == pytest.approx(last["top1"])
 
 
-def test_predict_saves_what_the_loaded_model_gives_the_mean_of_the_views_probabilities(
-    trained, folder, tmp_path, capsys
-):
+def test_predict_saves_the_mean_of_the_views_probabilities_of_the_loaded_model(trained, folder, tmp_path, capsys):
     sharp, one = read(trained[0]), str(folder / "train" / "shrinks" / "0.mp4")
-    sharp["state"]["head.weight"] *= 100  # so that a mean of logits would be another one
-    torch.save(sharp, tmp_path / "sharp.pt")
-    ask = ["--checkpoint", str(tmp_path / "sharp.pt"), "--workers", "0", "--views", "3,2", "--predict", one]
-    ask += ["--save", str(tmp_path / "outputs.pt")]
-    train.main([*ask, "--predict", one, str(folder / "val")])
-    assert capsys.readouterr().out.count("%") == 2 * 8
-    kept = torch.load(tmp_path / "outputs.pt", weights_only=True)
-    assert len(kept["videos"]) == 8
-    model, classes = train.load_model(tmp_path / "sharp.pt")
-    assert classes == kept["classes"] == ["grows", "shrinks"] and not model.training
+    model, _ = train.load_model(trained[0] / "checkpoint.pt")
     views = data.VideoDataset([data.Clip(one, 0)], 4, 64, views=(3, 2))[0][0]
     with torch.no_grad():
         features = model.features(common.normalize(views, model.vit))
-    logits = model.head(features)
+    weight = 100 * sharp["state"]["head.weight"]  # so that a mean of logits would be something else
+    sharp["state"] |= {"head.weight": weight, "head.bias": -weight @ features.mean(0)}
+    torch.save(sharp, tmp_path / "sharp.pt")
+    model, classes = train.load_model(tmp_path / "sharp.pt")
+    logits = model.head(features).detach()
     assert (logits.softmax(-1).mean(0) - logits.mean(0).softmax(-1)).abs().max() > 1e-3
-    torch.testing.assert_close(kept["videos"][one]["probabilities"], logits.softmax(-1).mean(0))
-    torch.testing.assert_close(kept["videos"][one]["features"], features.mean(0))
+
+    ask = ["--checkpoint", tmp_path / "sharp.pt", "--views", "3,2", "--save", tmp_path / "saved.pt", "--predict"]
+    cpu(*ask, one, folder / "val")
+    assert capsys.readouterr().out.count("%") == 2 * 8
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    assert len(saved["videos"]) == 8 and saved["classes"] == classes == ["grows", "shrinks"] and not model.training
+    torch.testing.assert_close(saved["videos"][one]["probabilities"], logits.softmax(-1).mean(0))
+    torch.testing.assert_close(saved["videos"][one]["features"], features.mean(0))
     (tmp_path / "broken.mp4").write_text("no video")
-    assert "broken.mp4" in refused([*ask, "--predict", tmp_path / "broken.mp4", one], capsys)
-    assert torch.load(tmp_path / "outputs.pt", weights_only=True)["videos"].keys() == {one}  # others are done first
-
-
-def test_evaluation_sees_all_views_of_each_video_once(trained, tmp_path, monkeypatch):
-    seen, real = [], aim.AIM.features
-    monkeypatch.setattr(aim.AIM, "features", lambda self, video: seen.append(video.shape[:2]) or real(self, video))
-    assert evaluate(trained[0] / "checkpoint.pt", "--views", "2,3", "--out", tmp_path)["videos"] == 7
-    assert seen == [(6, 4)] * 7  # one video per batch, of 6 views and 4 frames
+    assert "broken.mp4" in refused([*ask, tmp_path / "broken.mp4", one], capsys)
+    assert torch.load(tmp_path / "saved.pt", weights_only=True)["videos"].keys() == {one}  # the others are done first
 
 
 @pytest.mark.parametrize("method", [*METHODS[1:], "linear_probe", "partial_finetune", "finetune"])
 def test_every_method_trains_resumes_and_evaluates(method, folder, tmp_path):
     first = train.main(flags(folder, tmp_path, "--epochs", 1, "--method", method))
-    assert evaluate(tmp_path / "checkpoint.pt") == first
-    resume(tmp_path, "--epochs", 2)
+    assert cpu("--eval", "--checkpoint", tmp_path / "checkpoint.pt") == first
+    cpu("--resume", "--out", tmp_path, "--epochs", 2)
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
 
 
@@ -266,28 +257,6 @@ def test_method_data_and_backbone_pick_the_papers_whole_recipe(key):
     assert tuple(run[name] for name in (*names, "augment")) == PAPERS[key]
 
 
-def test_adapters_and_head_offsets_follow_data_and_frames():
-    def model(text):
-        run = settings(f"--method {text}")
-        with torch.device("meta"):
-            vit = common.ViT(**common.B16)
-            return train.METHODS[run["method"]][0](vit, 400, num_frames=run["num_frames"], **run["model"])
-
-    assert model("aim --data ssv2").adapters["0"].drop_path.p == 0.0
-    assert model("aim --data k400").adapters["11"].drop_path.p == 0.2
-    assert "temporal_in.fc1.weight" in model("aim --data ssv2").adapters["0"].state_dict()
-    for name in ("ssv2", "k400"):
-        assert ("attn" in model(f"st_adapter --data {name}").adapters[0]) == (name == "ssv2")
-    for text, adapters, offsets in (
-        ("--data ssv2 --num-frames 8", 6, [-1, 1]),
-        ("--data ssv2 --num-frames 16", 4, [-2, -1, 1, 2]),
-        ("--data k400 --num-frames 16", 4, [-1, 1, 2]),
-        ("--data k400 --num-frames 32", 4, [-2, -1, 1, 2, 3]),
-    ):
-        block = model(f"zeroi2v {text}").blocks[0]
-        assert (len(block.adapters), sorted(dt for dt, _ in block.groups if dt)) == (adapters, offsets)
-
-
 def test_settings_are_defaults_then_recipe_then_checkpoint_then_flags():
     assert settings("--method aim --data ssv2")["epochs"] == 50 and train.SETTINGS["epochs"][0] == 30
     theirs = {"run": settings("--method aim --data ssv2 --epochs 7 --set ratio=0.125"), "classes": []}
@@ -304,7 +273,16 @@ def test_settings_are_defaults_then_recipe_then_checkpoint_then_flags():
     assert (diving["span"], diving["views"], diving["epochs"]) == (0, (1, 1), 12)  # Kinetics' recipe, its own sampling
     for name in ("ViT-L/14", "ViT-L-14-336", "ViT-L-14-quickgelu"):  # a backbone may have its own
         assert settings(f"--method side4video --data videos --recipe k400 --backbone {name}")["model"] == {"width": 512}
-    assert settings("--method side4video --data videos")["model"] == {}
+    for text, switches in (
+        ("aim --data k400", dict(drop_path=0.2)),
+        ("aim --data ssv2", dict(drop_path=0.2, temporal_in=True)),
+        ("st_adapter --data videos", {}),
+        ("st_adapter --data ssv2", dict(before_attention=True)),
+        ("zeroi2v --data k700", {}),
+        ("zeroi2v --data ssv1", dict(dataset="ssv2", scale=1.0)),
+        ("side4video --data videos", {}),
+    ):
+        assert settings(f"--method {text}")["model"] == switches
 
 
 def test_items_override_single_keywords_of_the_augmentation_and_of_the_model():
@@ -376,15 +354,17 @@ def test_two_processes_or_four_passes_train_as_one(folder, tmp_path):
         assert (there / "val_classes.csv").read_text() == (one / "val_classes.csv").read_text()
 
 
-def test_no_decay_on_biases_norms_and_embeddings_and_a_rate_for_the_temporal_embedding():
-    run = settings("--method aim --data toy --weight-decay 0.1 --embedding-lr 7")
-    model = train.build(run, ["a", "b"])
-    names = {p: name for name, p in model.named_parameters()}
-    groups = [(names[p], group) for group in train.parameter_groups(model, run) for p in group["params"]]
-    assert {name for name, _ in groups} == set(common.tuned_state(model)) and len(groups) == len(dict(groups))
-    for name, group in groups:
-        assert group["weight_decay"] == (0.1 if name.endswith("weight") and "ln_" not in name else 0)
-        assert group["rate"] == (7 if name == "temporal_embedding" else 1)
+def test_no_decay_on_biases_norms_and_embeddings_whose_rate_is_their_own():
+    for method, embedding in (("aim", "temporal_embedding"), ("side4video", "position_embedding")):
+        run = settings(f"--method {method} --data toy --weight-decay 0.1 --embedding-lr 7")
+        model = train.build(run, ["a", "b"])
+        names = {p: name for name, p in model.named_parameters()}
+        groups = [(names[p], group) for group in train.parameter_groups(model, run) for p in group["params"]]
+        assert sorted(name for name, _ in groups) == sorted(names[p] for p in names if p.requires_grad)
+        for name, group in groups:
+            norm = any(part in name for part in ("ln", "bn", "norm", "gamma"))
+            assert group["weight_decay"] == (0.1 if name.endswith("weight") and not norm else 0), name
+            assert group["rate"] == (7 if name == embedding else 1)
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine():
@@ -468,11 +448,10 @@ def test_broken_videos_are_skipped_counted_and_listed_and_too_many_stop_the_run(
 
 WRONG = {
     "": "say what to train",
-    "--method aim": "--data",
+    "--method aim": "toy, k400, k700",
     "--method aimm --data toy": "invalid choice: 'aimm'",
     "--method aim --data toy --epoch 3": "unrecognized arguments: --epoch",
     "--method aim --data toy --lr fast": "lr cannot be 'fast'",
-    "--method aim --data toy --views 3": "views cannot be '3'; an example of a value is (1, 1)",
     "--method aim --data toy --set rate=1": "'rate' cannot be set",
     "--method aim --data toy --set temporal=off": "temporal cannot be 'off'",
     "--method aim --data FOLDER --recipe toy --set blocks=some": "every second",
@@ -490,7 +469,6 @@ WRONG = {
     "--resume --out RUN --set ratio=0.5": "made with model",
     "--resume --out RUN --seed 1": "made with seed 0",
     "--resume --out RUN --batch-size 4": "made with batch_size 8",
-    "--method zeroi2v --data FOLDER --resume --out RUN": "made with method aim",
     "--method zeroi2v --data FOLDER --init TRAINED": "made with method aim",
     "--data FOLDER --init TRAINED --backbone ViT-B-32": "made with backbone ViT-Toy-16, which cannot become ViT-B-32",
     "--data FOLDER --init WEIGHTS": "neither a checkpoint of train.py nor one that the authors",
@@ -551,14 +529,14 @@ def test_killed_anywhere_a_resumed_run_ends_with_the_same_bits(folder, tmp_path)
     """SIGKILL of real processes: in a step, half-way through a save, while evaluating; then the end."""
     whole, out = tmp_path / "whole", tmp_path / "killed"
 
-    def begin(out, code):
-        more = ["--batch-size", 4, "--set", "dropout=0.5", "drop_path=0.2", "--workers", 2, "--resume"]
+    def begin(out, code, workers=0):
+        more = ["--batch-size", 4, "--set", "dropout=0.5", "drop_path=0.2", "--workers", workers, "--resume"]
         return start(flags(folder, out, *more), OFTEN + code)
 
     once = begin(whole, "train.main()")
     step = "train, 'warmup_cosine', 6"
-    for where in (step, "torch, 'save', 2", "train, 'outputs', 1", step):
-        killed = begin(out, KILLED.format(where))
+    for where, workers in ((step, 0), ("torch, 'save', 2", 0), ("train, 'outputs', 1", 0), (step, 2)):
+        killed = begin(out, KILLED.format(where), workers)
         said = killed.communicate(timeout=300)[1]  # returns when its loaders have ended as well
         assert killed.returncode == -signal.SIGKILL, said
         assert not (out / "checkpoint.pt").exists() or read(out)["progress"]["epoch"] < 2
@@ -644,7 +622,7 @@ def test_a_signal_while_evaluating_stops_and_what_was_trained_is_kept(folder, tm
     assert stop.value.code == 143 and "after step 3 of epoch 1" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.setattr(aim.AIM, "features", real)
-    resume(tmp_path / "run")
+    cpu("--resume", "--out", tmp_path / "run")
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
@@ -792,23 +770,18 @@ def test_a_random_backbone_is_in_the_checkpoint_and_stays_when_a_run_starts_from
     assert read(tmp_path / "next")["run"]["pretrained"] == "none"
     frozen = "vit.transformer.resblocks.0.mlp.c_fc.weight"
     assert torch.equal(*(read(tmp_path / name)["state"][frozen] for name in ("first", "next")))
-    assert evaluate(tmp_path / "next" / "checkpoint.pt") == lines(tmp_path / "next")[-1]["val"]
+    assert cpu("--eval", "--checkpoint", tmp_path / "next" / "checkpoint.pt") == lines(tmp_path / "next")[-1]["val"]
 
 
 def test_a_finished_run_is_left_alone_and_gives_its_result(trained):
     before = [(trained[0] / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl", "run.json")]
-    assert resume(trained[0]) == lines(trained[0])[-1]["val"]
+    assert cpu("--resume", "--out", trained[0]) == lines(trained[0])[-1]["val"]
     assert before == [(trained[0] / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl", "run.json")]
 
 
 def test_the_best_checkpoint_lies_beside_the_last_one(folder, tmp_path, monkeypatch):
     top1, real = iter([50.0, 75.0, 62.5]), train.evaluate
-
-    def evaluate(*args):
-        result, skipped = real(*args)
-        return result | {"top1": next(top1)}, skipped
-
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "evaluate", lambda *args: ({"top1": next(top1)}, real(*args)[1]))
     train.main(flags(folder, tmp_path, "--epochs", 3))
     for name, steps in (("best.pt", 6), ("checkpoint.pt", 9)):  # the second of three epochs, and the last one
         assert read(tmp_path, name)["optimizer"]["state"][0]["step"] == steps
@@ -818,9 +791,9 @@ def test_a_checkpoint_serves_in_any_folder_and_a_run_goes_on_where_its_videos_li
     monkeypatch.chdir(folder.parent)
     train.main(flags(folder.name, tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
-    assert evaluate("run/checkpoint.pt")["videos"] == 7
+    assert cpu("--eval", "--checkpoint", "run/checkpoint.pt")["videos"] == 7
     shutil.copytree(folder, "moved")
-    resume("run", "--data", "moved", "--epochs", 3)
+    cpu("--resume", "--out", "run", "--data", "moved", "--epochs", 3)
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2, 3]
     assert read(tmp_path / "run")["run"]["data"] == str(tmp_path / "moved")
 
