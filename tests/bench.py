@@ -14,6 +14,7 @@ Decoding is counted in the CPU time of one core; decord and torchcodec take part
 import argparse
 import collections
 import multiprocessing
+import resource
 import statistics
 import sys
 import time
@@ -125,7 +126,10 @@ def take_step():
 
 
 def peak_gib():
-    return train.memory_mb(torch.device("cuda" if torch.cuda.is_available() else "cpu")) / 1024
+    """The most that was in use: of the GPU's memory by tensors, or of the computer's by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def time_steps(args):
