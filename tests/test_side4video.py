@@ -718,3 +718,7 @@ def test_exported_and_traced_models_take_any_batch(switches):
         video = clips(count=count)
         for other in (exported, traced):
             torch.testing.assert_close(other(video), model(video), atol=1e-5, rtol=1e-5)
+
+
+def test_batch_norms_have_pytorchs_momentum():
+    assert {module.momentum for module in tiny().modules() if isinstance(module, BatchNorm)} == {0.1}
