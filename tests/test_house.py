@@ -38,7 +38,7 @@ def test_imports_run_one_way(name):
 
 def test_the_top_level_is_what_the_project_is():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    if listed.returncode or not listed.stdout:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     files = {f"{name}.py" for name in BUDGETS} | {"README.md", "LICENSE", "requirements.txt", "tests", "colab"}

@@ -124,7 +124,7 @@ def trained(folder, tmp_path_factory):
 
 def test_a_run_shows_a_bar_and_leaves_a_log_its_settings_a_table_and_a_small_checkpoint(trained):
     out, printed, shown = trained
-    assert all(words in shown for words in ("1/6", "6/6", "epoch 2/2", "loss ", "top-1 ", "clips/s", "\r"))
+    assert all(words in shown for words in ("0/6", "6/6", "epoch 2/2", "loss ", "top-1 ", "clips/s", "\r"))
     assert re.search(r"\[\d+:\d\d<\d+:\d\d", shown)  # the time that has passed, and the time left
     for words in ("lr=0.008", "epochs=2", "'drop_path': 0.0", "val: top1", "of 7 videos", "M parameters tuned"):
         assert words in printed
@@ -178,7 +178,8 @@ def test_predict_saves_the_mean_of_the_views_probabilities_of_the_loaded_model(t
 
     ask = ["--checkpoint", tmp_path / "sharp.pt", "--views", "3,2", "--save", tmp_path / "saved.pt", "--predict"]
     cpu(*ask, one, folder / "val")
-    assert capsys.readouterr().out.count("%") == 2 * 8
+    printed, likeliest = capsys.readouterr().out, logits.softmax(-1).mean(0).max()
+    assert printed.count("%") == 2 * 8 and f"{one}\n  {100 * likeliest:5.1f} %  " in printed
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     assert len(saved["videos"]) == 8 and saved["classes"] == classes == ["grows", "shrinks"] and not model.training
     torch.testing.assert_close(saved["videos"][one]["probabilities"], logits.softmax(-1).mean(0))
@@ -270,6 +271,8 @@ def test_settings_are_defaults_then_recipe_then_checkpoint_then_flags():
     assert train.settings({"data": "k400"}, theirs, init=True)["lr"] == 1e-4  # and that of the checkpoint's backbone
     assert settings("--method st_adapter --data k400 --lr 1e-3")["lr_batch"] == 0  # the rate is what was asked for
     assert settings("--method st_adapter --data k400 --lr 1e-3 --lr-batch 64")["lr_batch"] == 64
+    fine = settings("--method finetune --data k400")
+    assert fine["lr"] == pytest.approx(3e-5)  # a tenth of AIM's (ZeroI2V, appendix A.2)
     assert settings("--method st_adapter --data ssv1")["batch_size"] == 256  # Something-Something's recipe
     diving = settings("--method st_adapter --data diving48")
     assert (diving["span"], diving["views"], diving["epochs"]) == (0, (1, 1), 12)  # Kinetics' recipe, its own sampling
@@ -537,7 +540,7 @@ def test_killed_anywhere_a_resumed_run_ends_with_the_same_bits(folder, tmp_path)
 
     once = begin(whole, "train.main()")
     step = "train, 'warmup_cosine', 6"
-    for where, workers in ((step, 0), ("torch, 'save', 2", 0), ("train, 'outputs', 1", 0), (step, 2)):
+    for where, workers in ((step, 0), ("torch, 'save', 1", 0), ("train, 'outputs', 1", 0), (step, 2)):
         killed = begin(out, KILLED.format(where), workers)
         said = killed.communicate(timeout=300)[1]  # returns when its loaders have ended as well
         assert killed.returncode == -signal.SIGKILL, said
@@ -596,17 +599,19 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_at_a_signal(folder, tmp_path):
-    """What is printed and kept is one thing, from which two processes go on."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_together_at_a_signal(folder, tmp_path, signum):
+    """Ctrl-C reaches the loaders too, which are needed until the processes meet. What is said and kept is one thing."""
     out = tmp_path / "run"
-    argv = flags(folder, out, "--eval-every", 500, "--batch-size", 4)
-    process = start([*argv, "--epochs", "500"], f"{OFTEN}train.main()", processes=2)
+    argv = flags(folder, out, "--eval-every", 500, "--batch-size", 2, "--workers", 1)
+    process = start([*argv, "--epochs", "500"], "train.main()", processes=2, start_new_session=True)
     wait_for_lines(out, process, 3)
-    process.terminate()
+    target = process.pid if signum == signal.SIGTERM else -process.pid  # a process, or its group
+    os.kill(target, signum)
     error = process.communicate(timeout=60)[1]
     at = read(out)["progress"]
     assert f"stopped and saved after step {at['step']} of epoch {at['epoch'] + 1}" in error
-    assert error.count("continue with") == 1 and "FileNotFoundError" not in error
+    assert error.count("continue with") == 1 and "FileNotFoundError" not in error and "loader" not in error.lower()
     finish(start([*argv, "--epochs", str(at["epoch"] + 1), "--resume"], "train.main()", processes=2))
     assert lines(out)[-1]["val"]["videos"] == 7
 
@@ -626,6 +631,13 @@ def test_a_signal_while_evaluating_stops_and_what_was_trained_is_kept(folder, tm
     monkeypatch.setattr(aim.AIM, "features", real)
     cpu("--resume", "--out", tmp_path / "run")
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_a_run_that_ends_while_it_evaluates_has_lost_no_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "outputs", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(flags(folder, tmp_path))
+    assert (read(tmp_path)["progress"]["epoch"], read(tmp_path)["progress"]["step"]) == (0, 3)
 
 
 def test_importing_train_changes_nothing_outside_itself():
@@ -667,7 +679,7 @@ train.main()
     run = dict(seed=0, batch_size=4, repeat=1, accumulate=1, epochs=1)
     order = list(data.train_batches(run, 24, 0, 1, 0, 0))[4]
     said = next(line for line in error.splitlines() if "not finite" in line)
-    assert [clips[i].path in said for i in order] == [False, True, False, True]
+    assert [clips[i].path in said for i in order] == [False, True, False, True] and said.count(".mp4") == 2
     assert (read(out)["progress"]["epoch"], read(out)["progress"]["step"]) == (0, 4)
     assert all(tensor.isfinite().all() for tensor in read(out)["state"].values())
 
@@ -694,13 +706,18 @@ def test_fp16_overflows_are_left_out_and_counted(folder, tmp_path, monkeypatch):
     assert [line["overflows"] for line in lines(tmp_path, "loss")] == [1, 1, 1]
     before = train.build(read(tmp_path)["run"], ["grows", "shrinks"])
     assert_same_state({"state": common.tuned_state(before)}, read(tmp_path))
+    cpu("--resume", "--out", tmp_path, "--epochs", 2)
+    assert read(tmp_path)["scaler"]["scale"] == 2.0 ** (120 - 3 - 3)
 
 
-def test_bf16_trains_close_to_float32(folder, tmp_path):
+def test_bf16_trains_close_to_float32_and_has_the_frozen_weights_in_bf16(folder, tmp_path, monkeypatch):
+    cast, real = [], common.cast_frozen
+    monkeypatch.setattr(common, "cast_frozen", lambda model, dtype: cast.append(dtype) or real(model, dtype))
     for precision in ("fp32", "bf16"):
         train.main(flags(folder, tmp_path / precision, "--epochs", 1, "--precision", precision))
     losses = [lines(tmp_path / precision, "loss")[0]["loss"] for precision in ("fp32", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=0.03) and losses[0] != losses[1]
+    assert cast == [torch.float32, torch.bfloat16]
 
 
 RELEASED = {
@@ -784,8 +801,9 @@ def test_a_finished_run_is_left_alone_and_gives_its_result(trained):
 def test_the_best_checkpoint_lies_beside_the_last_one(folder, tmp_path, monkeypatch):
     top1, real = iter([50.0, 75.0, 62.5]), train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: ({"top1": next(top1)}, real(*args)[1]))
-    train.main(flags(folder, tmp_path, "--epochs", 3))
-    for name, steps in (("best.pt", 6), ("checkpoint.pt", 9)):  # the second of three epochs, and the last one
+    train.main(flags(folder, tmp_path, "--epochs", 5, "--eval-every", 2))
+    assert [line["epoch"] for line in lines(tmp_path)] == [2, 4, 5]
+    for name, steps in (("best.pt", 4 * 3), ("checkpoint.pt", 5 * 3)):
         assert read(tmp_path, name)["optimizer"]["state"][0]["step"] == steps
 
 
