@@ -262,7 +262,7 @@ def tuned_state(model):
 
 def load_tuned(model, state, source):
     """The inverse of `tuned_state`, as strict as `load_strict`; `state` may hold frozen weights as well."""
-    load_strict(model, {**model.state_dict(), **state} if state.keys() >= tuned_state(model).keys() else state, source)
+    load_strict(model, {name: p for name, p in model.named_parameters() if not p.requires_grad} | state, source)
 
 
 def load_strict(model, state, source):

@@ -104,7 +104,7 @@ class ZeroI2VBlock(nn.Module):
         return shift(x, self.groups)
 
     def stdha(self, x, block):
-        """x (B, T, N+1, D) -> the same shape"""
+        """x (B, T, N+1, D) -> the same shape: what the heads put out, side by side"""
         attn = block.attn
         x = self.adapters["qkv"](x) if "qkv" in self.adapters else x
         layers = zip("qkv", attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3))
@@ -112,19 +112,20 @@ class ZeroI2VBlock(nn.Module):
         k, v = self.relocate(k, attn.heads), self.relocate(v, attn.heads)
         q, k, v = (rearrange(y, "b t n (h d) -> (b t) h n d", h=attn.heads) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v)  # eqs. (7) and (8): softmax(Q K^T / sqrt(d)) V
-        y = rearrange(y, "(b t) h n d -> b t n (h d)", t=x.shape[1])
-        return attn.norm(self.linear("o", y, attn.out_proj.weight, attn.out_proj.bias))  # eq. (9)
+        return rearrange(y, "(b t) h n d -> b t n (h d)", t=x.shape[1])
 
-    def mlp(self, x, block):
-        """x (B, T, N+1, D) -> the same shape"""
-        mlp = block.mlp
-        x = mlp.gelu(self.linear("up", x, mlp.c_fc.weight, mlp.c_fc.bias))  # B x T x N+1 x 4D
-        return mlp.norm(self.linear("down", x, mlp.c_proj.weight, mlp.c_proj.bias))  # eq. (6)
+    def hidden(self, x, block):
+        """x (B, T, N+1, D) -> B x T x N+1 x 4D, the middle of the MLP"""
+        return block.mlp.gelu(self.linear("up", x, block.mlp.c_fc.weight, block.mlp.c_fc.bias))
 
     def forward(self, z, block):
         """z (B, T, N+1, D) -> the same shape"""
-        z = z + block.branch(lambda z: self.stdha(block.ln_1(z), block), z)  # eq. (1)
-        return z + block.branch(lambda z: self.mlp(block.ln_2(z), block), z)  # eq. (2)
+        # W_o and W_down stand outside of the branches, so that recomputation does not have to run them again.
+        attn, mlp = block.attn, block.mlp
+        y = block.branch(lambda z: self.stdha(block.ln_1(z), block), z)
+        z = z + attn.norm(self.linear("o", y, attn.out_proj.weight, attn.out_proj.bias))  # eqs. (9) and (1)
+        y = block.branch(lambda z: self.hidden(block.ln_2(z), block), z)
+        return z + mlp.norm(self.linear("down", y, mlp.c_proj.weight, mlp.c_proj.bias))  # eqs. (6) and (2)
 
     @torch.no_grad()
     def merge(self, block):
@@ -325,16 +326,15 @@ class OnlyTemporalHeads(nn.Module):
         self.register_buffer("channels", torch.tensor(channels, dtype=torch.long), persistent=False)
         self.columns, self.weight = columns, nn.Parameter(torch.zeros(len(channels), width))
 
-    def update(self):
-        width = self.weight.shape[1]
-        update = self.weight.new_zeros(width, width).index_copy(0, self.channels, self.weight)
-        return update.T if self.columns else update
-
     def adapt(self, x, W, b):
-        return F.linear(x, W, b) + F.linear(x, self.update())
+        y = F.linear(x, W, b)
+        if self.columns:
+            return y + F.linear(x[..., self.channels], self.weight.T)
+        return y.index_add(-1, self.channels, F.linear(x, self.weight))
 
     def merge(self, W, b):
-        return W + self.update().double(), b
+        update = self.weight.double()
+        return (W.index_add(1, self.channels, update.T) if self.columns else W.index_add(0, self.channels, update)), b
 
 
 class ChannelShift(ZeroI2VBlock):
@@ -357,8 +357,8 @@ class ClassShift(NoShift):
     def stdha(self, x, block):
         return super().stdha(torch.cat([shift(x[:, :, :1], self.groups), x[:, :, 1:]], dim=2), block)
 
-    def mlp(self, x, block):
-        return super().mlp(torch.cat([shift(x[:, :, :1], self.groups), x[:, :, 1:]], dim=2), block)
+    def hidden(self, x, block):
+        return super().hidden(torch.cat([shift(x[:, :, :1], self.groups), x[:, :, 1:]], dim=2), block)
 
 
 OPERATORS = {"heads": ZeroI2VBlock, "channels": ChannelShift, "class": ClassShift, "none": NoShift}

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch
+
 import common
 from zeroi2v import ZeroI2V
 
@@ -22,7 +24,9 @@ def merge_checkpoint(source, target):
     tower = clip.state_dict()  # with the projection, which `freeze` drops
     model = ZeroI2V(clip, len(classes), run["num_frames"], **run["model"])
     common.load_tuned(model, checkpoint["state"], source)
-    common.save(tower | model.merge().vit.state_dict(), target)
+    model.merge()
+    take_pixels_of(clip, common.load_clip(run["backbone"], None))
+    common.save(tower | clip.state_dict(), target)
 
     quick = "-quickgelu" * isinstance(clip.blocks[0].mlp.gelu, common.QuickGELU)  # which the tower's file does not tell
     name, beside = run["backbone"].removesuffix("-quickgelu") + quick, target.with_suffix(".video.pt")
@@ -31,6 +35,16 @@ def merge_checkpoint(source, target):
     common.save({"run": run, "classes": classes, "state": common.tuned_state(model)}, beside)
     print(f"{target}: the merged image tower, for load_clip({name!r}, {str(target)!r})")
     print(f"{beside}: the video model on it, for train.py --eval --checkpoint {beside}")
+
+
+@torch.no_grad()
+def take_pixels_of(clip, plain):
+    """Moves a normalisation of pixels that only the tag of the weights told into the weights, since a file does not tell."""
+    mean, std, own_mean, own_std = (torch.tensor(values) for values in (plain.mean, plain.std, clip.mean, clip.std))
+    # What `clip` was trained on is slope * (what a local file is given) + offset, in each channel.
+    slope, offset = std / own_std, (mean - own_mean) / own_std
+    clip.positional_embedding[1:] += torch.einsum("d c h w, c -> d", clip.conv1.weight, offset)
+    clip.conv1.weight *= slope[:, None, None]
 
 
 def main(argv):

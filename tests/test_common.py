@@ -304,7 +304,7 @@ def test_evas_post_norm_tower_answers_as_open_clips(small_trunks, tmp_path):
     theirs, path = randomize(open_clip.create_model("EVA-Small-14")), tmp_path / "eva.pt"
     torch.save(theirs.state_dict(), path)
     ours = load_clip("EVA-Small-14", path)
-    assert ours.blocks[0].mlp.c_fc.out_features == 352
+    assert ours.blocks[0].mlp.c_fc.out_features == 352 and not ours.blocks[0].attn.in_proj_bias[64:128].any()
     assert_same_features(ours, theirs, torch.randn(2, 3, 56, 56))
     torch.save(theirs.visual.state_dict(), path)
     assert_same_features(load_clip("EVA-Small-14", path), theirs, torch.randn(2, 3, 56, 56))
@@ -380,10 +380,15 @@ def test_every_method_adapts_every_kind_of_tower(small_trunks):
         assert Side4Video(load_clip(name, None), 5, 4, width=64)(video).shape == (2, 5)
 
 
-def test_partial_fine_tuning_tunes_the_last_block():
+def test_the_baselines_tune_what_they_say():
     with torch.device("meta"):
-        model = common.SpaceOnly(ViT(), 400, tune="last")
-    assert common.count_parameters(model)[1] / 1e6 == pytest.approx(7.40, abs=0.005)  # ST-Adapter's poster
+        models = {tune: common.SpaceOnly(ViT(), 400, tune=tune) for tune in ("head", "last", "all")}
+    tuned = {tune: common.count_parameters(model)[1] for tune, model in models.items()}
+    head, block, ln_post = 768 * 400 + 400, 12 * 768**2 + 13 * 768, 2 * 768
+    assert tuned == {"head": head, "last": head + block + ln_post, "all": common.count_parameters(models["all"])[0]}
+    assert tuned["last"] / 1e6 == pytest.approx(7.40, abs=0.005)  # ST-Adapter's poster
+    names = {name.partition(".resblocks.11.")[0] for name in common.tuned_state(models["last"])}
+    assert names == {"vit.transformer", "vit.ln_post.weight", "vit.ln_post.bias", "head.weight", "head.bias"}
     with pytest.raises(ValueError, match="head, last or all"):
         common.SpaceOnly(ViT(32, 8, 64, 2, 4), 5, tune="some")
 
@@ -397,6 +402,48 @@ def test_blocks_are_chosen_by_name_or_number(blocks, chosen):
     for wrong in ("none", "4", "-1", []):
         with pytest.raises(ValueError, match="numbers from 0 to 3"):
             common.choose_blocks(wrong, 4)
+
+
+def test_tuned_tensors_load_strictly_and_leave_the_frozen_ones():
+    saved, model = (common.SpaceOnly(ViT(32, 8, 64, 2, 4), 5, tune="last") for _ in range(2))
+    frozen, state = model.vit.conv1.weight.clone(), common.tuned_state(saved)
+    common.load_tuned(model, state, "here")
+    assert torch.equal(model.vit.conv1.weight, frozen) and torch.equal(model.head.weight, saved.head.weight)
+    common.load_tuned(model, saved.state_dict(), "here")  # with the frozen tensors in it
+    assert torch.equal(model.vit.conv1.weight, saved.vit.conv1.weight)
+    for wrong, says in (
+        ({k: v for k, v in state.items() if k != "head.bias"}, "here does not fit: it misses head.bias$"),
+        (state | {"stranger": torch.zeros(1)}, "it has unexpected stranger$"),
+        (state | {"head.bias": torch.zeros(6)}, r"it differs in shape: head.bias is \(6,\), not \(5,\)$"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            common.load_tuned(model, wrong, "here")
+
+
+def test_pixels_are_normalised_with_the_towers_own_mean_and_deviation():
+    vit, video = ViT(32, 8, 64, 1, 4), torch.randint(0, 256, (2, 3, 3, 4, 4), dtype=torch.uint8)
+    vit.mean, vit.std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    for channel in range(3):
+        expected = (video[:, :, channel] / 255 - vit.mean[channel]) / vit.std[channel]
+        torch.testing.assert_close(common.normalize(video, vit)[:, :, channel], expected)
+
+
+class Runs:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_pickle_is_run(tmp_path):
+    path, made = tmp_path / "clip.pt", tmp_path / "made"
+    torch.save({"visual.class_embedding": torch.zeros(3), "more": Runs(made)}, path)
+    with pytest.raises(ValueError, match="can be read safely"):
+        load_clip(NAME, path)
+    assert not made.exists()
 
 
 def test_recomputing_gives_the_same_gradients_and_keeps_less():

@@ -1,6 +1,7 @@
 """ZeroI2V against its paper's tables, the authors' released behaviour, and its own claims, the merge above all."""
 
 import copy
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_merged_structure_has_the_plain_vits_parameters_and_the_papers_gflops(si
 def test_defaults_are_table_6(dataset, heads, num_frames, offsets):
     theirs, adapt = zeroi2v.table_6(heads, num_frames, dataset)
     assert Counter(theirs) == Counter(offsets)
+    assert theirs == sorted(offsets, key=lambda dt: (abs(dt), dt))  # the order of the released code
     assert adapt == (SIX if (dataset, heads, num_frames) == ("ssv2", 12, 8) else FOUR)
 
     with torch.device("meta"):  # and they reach the model: the same heads, the rest spatial
@@ -237,7 +239,9 @@ def test_stdha_is_attention_with_each_heads_keys_and_values_from_its_frame(offse
                 source = t + offsets[i] if 0 <= t + offsets[i] < T else t
                 scores = q[b, t, :, c] @ k[b, source, :, c].T / size**0.5
                 expected[b, t, :, c] = scores.softmax(-1) @ v[b, source, :, c]
-    torch.testing.assert_close(model.blocks[0].stdha(block.ln_1(z), block), attn.out_proj(expected))
+    torch.testing.assert_close(model.blocks[0].stdha(block.ln_1(z), block), expected)
+    expected = z + attn.out_proj(expected)
+    torch.testing.assert_close(model.blocks[0](z, block), expected + block.mlp(block.ln_2(expected)))
 
 
 def test_channels_and_class_are_the_other_operators_of_table_1():
@@ -245,12 +249,11 @@ def test_channels_and_class_are_the_other_operators_of_table_1():
     share = tiny(temporal="channels", offsets="-1 1").blocks[0].relocate(x, heads=4)[0, 1].unflatten(-1, (4, 16))
     # Two of four heads move whole, so of every head a quarter of the channels moves each way.
     assert torch.equal(share, torch.tensor([0.0] * 4 + [2.0] * 4 + [1.0] * 8).expand(17, 4, 16))
-    model, seen = tiny(temporal="class", offsets="-1 1"), []
-    model.vit.blocks[0].mlp.gelu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model = tiny(temporal="class", offsets="-1 1")
     moved = torch.cat([zeroi2v.shift(x[:, :, :1], model.blocks[0].groups), x[:, :, 1:]], dim=2)
-    model.blocks[0].mlp(x, model.vit.blocks[0])
-    plain = tiny(temporal="none").blocks[0]
-    torch.testing.assert_close(model.blocks[0].mlp(x, model.vit.blocks[0]), plain.mlp(moved, model.vit.blocks[0]))
+    plain, frozen = tiny(temporal="none").blocks[0], model.vit.blocks[0]
+    torch.testing.assert_close(model.blocks[0].hidden(x, frozen), plain.hidden(moved, frozen))
+    torch.testing.assert_close(model.blocks[0].stdha(x, frozen), plain.stdha(moved, frozen))
     token = moved[0, 1]
     assert torch.equal(token[0], torch.tensor([0.0] * 16 + [2.0] * 16 + [1.0] * 32))
     assert torch.equal(token[1:], x[0, 1, 1:])
@@ -413,7 +416,28 @@ def test_adapter_is_the_scaled_bottleneck_with_a_skip_and_dropout_between_its_tw
     torch.testing.assert_close(adapter.train()(x), x + 0.5 * adapter.fc2.bias)  # all of the middle is dropped
     model = randomize(tiny(dropout=1.0)).train()
     torch.testing.assert_close(model(torch.randn(2, 4, 3, 32, 32)), model.head.bias.expand(2, 5))
+    adapter = randomize(zeroi2v.GELUAdapter(8, 3, scale=0.5), std=1.0)
+    h = adapter.fc1(x)
+    gelu = h * (1 + torch.erf(h / math.sqrt(2))) / 2
+    torch.testing.assert_close(adapter(x), x + 0.5 * adapter.fc2(gelu))
     assert [a.dropout.p for a in tiny(adapter_dropout=0.1).blocks[0].adapters.values()] == [0.1] * 4
+
+
+@torch.no_grad()
+def test_only_temporal_heads_change_what_goes_into_attention_and_what_comes_out_of_it():
+    adapters = randomize(tiny(kind="temporal heads", offsets="0 1")).blocks[0].adapters  # channels 16 to 31 of 64
+    x, W, b, temporal = torch.randn(7, 64), torch.randn(64, 64), torch.randn(64), slice(16, 32)
+    assert [*adapters] == ["q", "k", "v", "o"]
+    for name, adapter in adapters.items():
+        update, expected = adapter.weight, W.clone()
+        if name == "o":  # the outputs of these heads are the columns of W_o
+            expected[:, temporal] += update.T
+        else:
+            expected[temporal] += update
+        torch.testing.assert_close(adapter.adapt(x, W, b), x @ expected.T + b)
+        merged, bias = adapter.merge(W.double(), b.double())
+        torch.testing.assert_close(merged.float(), expected)
+        assert torch.equal(bias, b.double())
 
 
 @torch.no_grad()
@@ -509,6 +533,26 @@ def test_merge_command_writes_a_clip_tower_and_a_checkpoint(checkpoint, tmp_path
     shipped = common.load_clip("ViT-Toy-16", "shipped").eval()
     assert torch.equal(ours.proj, shipped.proj)
     assert not torch.allclose(ours(images), shipped(images), atol=1e-2)  # something was merged into it
+
+
+@torch.no_grad()
+def test_merged_tower_takes_the_pixels_of_a_local_file(checkpoint, tmp_path, monkeypatch):
+    """Some tags of open_clip have a mean and a deviation of their own, of which a merged file cannot tell."""
+    load = common.load_clip
+
+    def load_tag(name, pretrained, image_size=None):
+        clip = load(name, pretrained, image_size)
+        if pretrained == "shipped":
+            clip.mean, clip.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.5)
+        return clip
+
+    monkeypatch.setattr(common, "load_clip", load_tag)
+    path, model = checkpoint()
+    merge.main([str(path), str(tmp_path / "merged.pt")])
+    again, video = rebuilt(tmp_path / "merged.video.pt"), torch.randint(256, (2, 4, 3, 64, 64), dtype=torch.uint8)
+    assert again.vit.mean == common.CLIP_MEAN != model.vit.mean
+    expected = model(common.normalize(video, model.vit))
+    torch.testing.assert_close(again(common.normalize(video, again.vit)), expected, atol=1e-4, rtol=0)
 
 
 def test_merge_command_refuses_in_a_sentence(checkpoint, tmp_path):
