@@ -1,0 +1,346 @@
+"""The labs: notebooks that mirror the files, run as they are handed out, and checks that name a student's mistake."""
+
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the labs draw with matplotlib, which is not installed here")
+pytest.importorskip("IPython", reason="the labs show pictures with IPython (ipykernel), which is not installed here")
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+import common
+from colab import build, check, lab, toy
+
+LABS = [pytest.param(file, id=file.stem) for file in build.lab_files()]
+every_lab = pytest.mark.parametrize("file", LABS)
+
+
+def tagged(cell, tag):
+    return tag in cell["metadata"].get("tags", [])
+
+
+def committed(file):
+    notebook = json.loads((build.COLAB / f"{file.stem}.ipynb").read_text(encoding="utf-8"))
+    return notebook | {"cells": [c | {"source": "".join(c["source"])} for c in notebook["cells"]]}
+
+
+def shown_targets(file):
+    lines = re.findall(r"^# SHOW (.*)$", file.read_text(encoding="utf-8"), re.M)
+    return [target.strip() for line in lines for target in line.split(",")]
+
+
+def project_object(target):
+    """common.ViT.embed -> the class or module that holds it, its name, the object"""
+    parts = target.split(".")
+    depth = next(k for k in range(len(parts), 0, -1) if (build.ROOT / "/".join(parts[:k])).with_suffix(".py").is_file())
+    holder = importlib.import_module(".".join(parts[:depth]))
+    for part in parts[depth:-1]:
+        holder = getattr(holder, part)
+    return holder, parts[-1], inspect.getattr_static(holder, parts[-1])
+
+
+def checks(file):
+    """The check module of a lab and its exercises, all unsolved"""
+    module = importlib.import_module(f"colab.checks.lab{file.stem.split('_')[0]}")
+    exercises = [e for (name, _), e in check.EXERCISES.items() if name == module.__name__]
+    for exercise in exercises:
+        exercise.state = check.NOT_WRITTEN
+    return module, exercises
+
+
+@pytest.fixture
+def namespace(file, monkeypatch):
+    """An empty __main__ for the cells of a lab in its fast form, in colab/; what SHOW cells replace is put back."""
+    monkeypatch.setenv("LABS_FAST", "1")
+    monkeypatch.chdir(build.COLAB)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for target in shown_targets(file):
+        monkeypatch.setattr(*project_object(target))
+    return {"__name__": "__main__"}
+
+
+def execute(cell, namespace):
+    exec(compile(cell["source"], f"cell {cell['id']}", "exec"), namespace)
+
+
+def in_place(solution):
+    """The cell of a solution as a student runs it who wants to use it"""
+    source, decorators = re.subn(r"^@check\.solution.*\n", "", solution["source"], flags=re.M)
+    assert decorators == 1, "a solution defines one function or class"
+    return solution | {"source": source}
+
+
+def exercises_of(cells):
+    """[(stub, check, solution), ...]"""
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [code[i : i + 3] for i, cell in enumerate(code) if tagged(cell, "exercise")]
+
+
+@every_lab
+def test_the_committed_notebook_is_what_its_source_builds(file):
+    notebook = committed(file)
+    built = build.make(file, repo=notebook["metadata"]["repo"])
+    assert build.without_outputs(notebook) == built, "run: python colab/build.py"
+    assert built == build.make(file, repo=notebook["metadata"]["repo"])
+
+
+@every_lab
+def test_shown_definitions_are_those_of_the_files(file):
+    shown = "\n".join(cell["source"] for cell in committed(file)["cells"] if tagged(cell, "show"))
+    assert shown_targets(file)
+    for target in shown_targets(file):
+        definition = project_object(target)[2]
+        definition = definition.fget if isinstance(definition, property) else definition
+        if callable(definition):
+            assert textwrap.dedent(inspect.getsource(definition)) in shown, f"{target} differs: python colab/build.py"
+        name = target.split(".")[-1]
+        assert re.search(rf"^\S*\.{name} = {name}  # from here on", shown, re.M), f"the project does not use {target}"
+
+
+@every_lab
+def test_the_notebook_has_the_form_that_was_agreed(file):
+    notebook = committed(file)
+    cells, exercises = notebook["cells"], exercises_of(notebook["cells"])
+    assert (build.COLAB / f"{file.stem}.ipynb").stat().st_size < 1_000_000
+    assert 40 <= len(cells) <= 60
+    assert 1200 <= build.count_words(notebook) <= 1800
+    assert 3 <= len(exercises) <= 4
+    for stub, checked, solution in exercises:
+        assert "raise NotImplementedError" in stub["source"] and '"""' in stub["source"]
+        assert "check." in checked["source"]
+        assert solution["source"].startswith("#@title Solution") and tagged(solution, "solution")
+        assert solution["metadata"]["cellView"] == "form" and solution["metadata"]["jupyter"]["source_hidden"]
+    for cell in cells[1:]:
+        if cell["cell_type"] == "code":
+            assert tagged(cell, "show") or cell["source"].count("\n") < 30, cell["source"]
+            assert not any(output["output_type"] == "error" for output in cell["outputs"])
+            assert not any(re.search(r"0x[0-9a-f]{6}|/tmp/|/home/|/root/", json.dumps(o)) for o in cell["outputs"])
+    pictures = [i for i, cell in enumerate(cells) if '"image/' in json.dumps(cell.get("outputs", ""))]
+    assert len(pictures) >= len(cells) / 6
+    assert "check.progress()" in cells[-1]["source"]
+
+
+@every_lab
+def test_checks_know_the_solution_the_stub_and_typical_mistakes(file, namespace, capsys):
+    cells = build.make(file)["cells"]
+    module, exercises = checks(file)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    for cell in code[:2] + [cell for cell in code if tagged(cell, "show")]:  # find the project, imports, definitions
+        execute(cell, namespace)
+    assert len(exercises) == len(exercises_of(cells))
+    for exercise, (stub, checked, solution) in zip(exercises, exercises_of(cells)):
+        execute(stub, namespace)
+        capsys.readouterr()
+        execute(checked, namespace)
+        name = re.search(r"= check\.(\w+)\((\w+)\)", checked["source"])[2]
+        assert f"{exercise.name}: not written yet." in capsys.readouterr().out
+        assert namespace[name] is exercise.reference, "unsolved, the lab goes on with the project's own"
+        execute(checked, namespace)
+        assert f"{exercise.name}: not written yet." in capsys.readouterr().out, "the check was run twice"
+        execute(solution, namespace)
+        assert namespace[name] is exercise.reference, "a solution that is run must change nothing"
+
+        execute(in_place(solution), namespace)
+        own = namespace[name]
+        execute(checked, namespace)
+        assert f"{exercise.name}: right." in capsys.readouterr().out
+        assert namespace[name] is own, "solved, the lab goes on with the student's"
+
+        assert len(exercise.mistakes) >= 2
+        for sentence, wrong in exercise.mistakes:
+            assert [exercise.verdict(wrong) for _ in range(3)] == [sentence] * 3
+    module.progress()
+    assert f"{len(exercises)} of {len(exercises)} solved" in capsys.readouterr().out
+
+
+@every_lab
+def test_the_claims_of_the_lab_hold_with_solutions_in_place(file, namespace):
+    cells = build.make(file, tests=True)["cells"]
+    solutions = {stub["id"]: in_place(solution) for stub, _, solution in exercises_of(cells)}
+    _, exercises = checks(file)
+    assert any(tagged(cell, "test") for cell in cells)
+    for cell in cells:
+        if cell["cell_type"] == "code" and not tagged(cell, "solution"):
+            execute(solutions.get(cell["id"], cell), namespace)
+    assert [exercise.state for exercise in exercises] == [check.SOLVED] * len(exercises)
+
+
+@pytest.mark.slow
+@every_lab
+def test_the_notebook_runs_as_it_is_handed_out(file, monkeypatch):
+    pytest.importorskip("nbclient", reason="running whole notebooks needs nbclient, which is not installed here")
+    pytest.importorskip("ipykernel", reason="running whole notebooks needs ipykernel, which is not installed here")
+    monkeypatch.delenv("LABS_FAST", raising=False)
+    start = time.time()
+    notebook = build.run(build.make(file, tests=True))
+    printed = "".join("".join(o.get("text", "")) for c in notebook["cells"] for o in c.get("outputs", []))
+    print(f"{file.stem}: {time.time() - start:.0f} s")
+    assert time.time() - start < 300
+    assert "0 of " in printed and "solved" in printed
+
+
+def test_copies_for_students_hold_no_solutions(tmp_path):
+    build.main(["--student", str(tmp_path / "class"), "--no-run"])
+    copies = sorted((tmp_path / "class").glob("*.ipynb"))
+    assert [copy.stem for copy in copies] == [file.stem for file in build.lab_files()]
+    for copy in copies:
+        cells = json.loads(copy.read_text(encoding="utf-8"))["cells"]
+        assert not any(tagged(cell, "solution") or "title Solution" in "".join(cell["source"]) for cell in cells)
+        assert not any(cell.get("outputs") for cell in cells), "results would spoil the guesses"
+        assert any(tagged(cell, "exercise") for cell in cells)
+
+
+def test_addresses_are_written_only_where_one_is_given(tmp_path, monkeypatch):
+    file = build.lab_files()[0]
+    plain = "".join(cell["source"] for cell in build.make(file)["cells"])
+    linked = build.make(file, repo="somebody/project")["cells"]
+    assert "Upload notebook" in plain and "badge" not in plain and "blob/main" not in plain
+    assert "Upload notebook" not in linked[1]["source"]
+    assert f"colab.research.google.com/github/somebody/project/blob/main/colab/{file.stem}.ipynb" in linked[1]["source"]
+    assert 'REPO = "somebody/project"' in linked[0]["source"] and 'REPO = ""' in plain
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(f"[Lab 1](colab/{file.stem}.ipynb) is first.\n")
+    build.badges("a/b")
+    build.badges("somebody/project")  # a second time, it takes the place of the first
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("colab-badge.svg") == 1 and "somebody/project" in text and text.endswith(") is first.\n")
+
+
+def test_a_rebuilt_notebook_keeps_the_output_of_unchanged_cells(tmp_path):
+    file = build.lab_files()[0]
+    path = tmp_path / "lab.ipynb"
+    old = build.make(file)
+    code = [cell for cell in old["cells"] if cell["cell_type"] == "code"]
+    code[3]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["old"]}]
+    build.write(old, path, 0)
+    new = build.make(file)
+    build.keep_outputs(new, path)
+    assert [cell.get("outputs") for cell in new["cells"]] == [cell.get("outputs") for cell in old["cells"]]
+
+
+def first_cell(folder, monkeypatch, repo=""):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    namespace = {}
+    execute(build.make(build.lab_files()[0], repo=repo)["cells"][0], namespace)
+    return namespace["project"]
+
+
+def test_the_first_cell_finds_the_project_above_in_an_archive_or_clones_it(tmp_path, monkeypatch):
+    assert first_cell(build.COLAB / "labs", monkeypatch) == build.ROOT
+    with pytest.raises(FileNotFoundError, match="zip of the project"):
+        first_cell(tmp_path, monkeypatch)
+    runs = []
+
+    def clone(command, **_):
+        runs.append(command)
+        (tmp_path / "project" / "colab").mkdir(parents=True)
+        (tmp_path / "project" / "colab" / "toy.py").touch()
+
+    monkeypatch.setattr(subprocess, "run", clone)
+    assert first_cell(tmp_path, monkeypatch, "somebody/project") == tmp_path / "project"
+    assert [command[:2] for command in runs] == [["git", "clone"]] and runs[0][-1].endswith("/somebody/project")
+    uploaded = tmp_path / "uploaded"
+    uploaded.mkdir()
+    with zipfile.ZipFile(uploaded / "project-main.zip", "w") as archive:
+        archive.writestr("project-main/colab/toy.py", "")
+    assert first_cell(uploaded, monkeypatch) == uploaded / "project-main"
+    assert len(runs) == 1, "nothing is installed where nothing is missing"
+
+
+def test_the_first_cell_installs_what_is_missing_and_never_torch(tmp_path, monkeypatch):
+    found, runs = importlib.util.find_spec, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: runs.append(command))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("av", "open_clip") else found(name))
+    first_cell(build.COLAB, monkeypatch)
+    assert len(runs) == 1 and runs[0][1:4] == ["-m", "pip", "install"]
+    assert runs[0][4:] == ["--quiet", "open_clip_torch", "av"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+    with pytest.raises(ModuleNotFoundError, match="PyTorch and torchvision are missing"):
+        first_cell(build.COLAB, monkeypatch)
+    assert len(runs) == 1
+
+
+def test_a_check_says_what_is_wrong_and_stops_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(check, "EXERCISES", {})
+
+    @check.exercise(
+        reference=lambda x: x.sum(1), mistakes=[("You summed along the wrong dimension.", lambda x: x.sum(0))]
+    )
+    def total(definition):
+        """the sum of each row"""
+        return definition(torch.randn(3, 5))
+
+    answers = {
+        "total: right.": lambda x: x @ torch.ones(5),
+        "You summed along the wrong dimension.": lambda x: torch.ones(3) @ x,
+        "It returns None: is the `return` missing?": lambda x: None,
+        "It returns a dict, which is neither a tensor nor a number.": lambda x: {},
+        "It stops with ZeroDivisionError: ": lambda x: 1 / 0,
+        "The output has shape (3, 1), it should have (3,).": lambda x: x.sum(1, keepdim=True),
+        "The shape is right, the values are not": lambda x: x.mean(1),
+    }
+    for sentence, answer in answers.items():
+        used = total(answer)
+        assert sentence in capsys.readouterr().out
+        assert used is (answer if "right." in sentence and "total" in sentence else total.reference)
+    check.progress()
+    assert "0 of 1 solved" in capsys.readouterr().out
+
+
+def test_modules_are_compared_with_the_same_weights():
+    build_linear = lambda: torch.nn.Linear(3, 2)  # noqa: E731
+    torch.manual_seed(1)
+    x, a, b = torch.randn(4, 3), check.fill(build_linear()), check.fill(build_linear(), like=build_linear())
+    assert torch.equal(a(x), b(x)) and not torch.equal(a(x), check.fill(torch.nn.Linear(3, 2))(x) + 1)
+    with pytest.raises(check.MistakeError, match="bias is missing"):
+        check.fill(torch.nn.Linear(3, 2, bias=False), like=build_linear())
+
+
+def test_recomputed_attention_weights_are_those_that_attention_used():
+    vit = common.ViT(image_size=32, patch_size=16, width=12, layers=2, heads=3).eval()
+    attn, outputs = vit.blocks[1].attn, []
+    attn.register_forward_hook(lambda module, inputs, output: outputs.append((inputs[0], output)))
+    with lab.attention_weights(vit) as kept, torch.no_grad():
+        vit(torch.randn(2, 3, 32, 32))
+    assert list(kept) == ["transformer.resblocks.0.attn", "transformer.resblocks.1.attn"]
+    (weights,), (x, y) = kept["transformer.resblocks.1.attn"], outputs[0]
+    assert weights.shape == (2, 3, 5, 5) and torch.allclose(weights.sum(-1), torch.ones(2, 3, 5))
+    v = rearrange(F.linear(x, attn.in_proj_weight[24:], attn.in_proj_bias[24:]), "b n (h d) -> b h n d", h=3)
+    assert torch.allclose(attn.out_proj(rearrange(weights @ v, "b h n d -> b n (h d)")), y, atol=1e-6)
+    assert len(attn._forward_hooks) == 1, "the hooks are gone after the block"
+
+
+def test_a_scene_is_the_clip_of_its_file_and_knows_where_the_shape_is():
+    for number in range(5):
+        name = list(toy.PAIRS)[number]
+        clip = toy.clip(name, lab.np.random.default_rng([1, number]))
+        frames, mask = lab.scene(name, number)
+        assert (frames == clip).all()
+        changed = (frames != frames[0]).any(-1)
+        assert not changed[~mask & ~mask[0]].mean() > 0.1, "outside of the outline only its soft edge changes"
+        backwards, mirrored = lab.scene(toy.PAIRS[name], number)
+        assert (backwards == frames[::-1]).all() and (mirrored == mask[::-1]).all()
+    videos, labels, pairs = lab.load("val", range(1, 16, 2), limit=10, fast=True)
+    assert videos.shape == (10, 8, 3, 64, 64) and labels.tolist() == [lab.CLASSES.index(name) for name in lab.PAIRED]
+    assert pairs.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.slow
+def test_fast_clips_are_those_on_disk_but_for_compression():
+    disk, fast = lab.load("val", limit=20), lab.load("val", limit=20, fast=True)
+    order = [sorted(zip(pairs.tolist(), labels.tolist(), range(20))) for _, labels, pairs in (disk, fast)]
+    assert [x[:2] for x in order[0]] == [x[:2] for x in order[1]]
+    a, b = (videos[[x[2] for x in rows]].float() for (videos, _, _), rows in zip((disk, fast), order))
+    assert (a - b).abs().mean() < 6
