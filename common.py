@@ -76,7 +76,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers, norm=nn.Identity()))  # CLIP has no norm here, EVA has
 
     def branch(self, function, *x):
-        """function(*x); with `recompute`, by activation checkpointing: the backward pass keeps x alone, and runs it again."""
+        """function(*x); with `recompute`, x alone is kept, and it runs again in the backward pass (checkpointing)."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *x, use_reentrant=False)
         return function(*x)
@@ -283,8 +283,8 @@ def load_clip(name, pretrained="openai", image_size=None):
 
     name: of timm with a tag ("vit_base_patch16_224.augreg_in21k"). Any name may end in "-quickgelu": OpenAI's weights
         need QuickGELU, which their archive and open_clip's tags tell, but no other file; without it they run, badly.
-    pretrained: a tag of open_clip ("openai", "laion2b_s34b_b88k", ...), to be downloaded; a local file of a whole CLIP or
-        of its image tower; "shipped": the ViT-Toy-16 in colab/; None: random weights.
+    pretrained: a tag of open_clip ("openai", "laion2b_s34b_b88k", ...), to be downloaded; a local file of a whole CLIP
+        or of its image tower; "shipped": the ViT-Toy-16 in colab/; None: random weights.
     image_size: in pixels, if not the one of the weights; the positional embedding is then resized (bicubic).
     Raises ValueError for an unknown name and for weights that do not fit, FileNotFoundError for missing weights.
     """
@@ -342,7 +342,7 @@ def clip_shape(name, config):
 
 
 def read_checkpoint(path):
-    """The dictionary in a file of torch.save, safetensors or TorchScript. No pickle is run. Raises OSError, ValueError."""
+    """The dictionary in a file of torch.save, safetensors or TorchScript; runs no pickle. OSError, ValueError."""
     from safetensors.torch import load_file
 
     path = Path(path)

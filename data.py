@@ -1,8 +1,8 @@
 """Which frames of a video a model sees, what training does to their pixels, where the datasets are, and exact decoding.
 
-The file follows a clip backwards, from the model to the disk: choosing frames (segments, strided), changing their pixels
-(train_transform, spatial_views), clips as tensors (VideoDataset), datasets (find_clips), and last, because it is the
-hardest, giving exactly the frames that were asked for (Video).
+The file follows a clip backwards, from the model to the disk: choosing frames (segments, strided), changing their
+pixels (train_transform, spatial_views), clips as tensors (VideoDataset), datasets (find_clips), and last, because it is
+the hardest, giving exactly the frames that were asked for (Video).
 
     python data.py check --data k400 --data-root /data/k400    reads every video once and says what is wrong
     python data.py show CLIP.mp4 frames.png                    draws the frames that a model would see
@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 def segments(num_frames, T, rng=None, view=0, views=1):
     """One frame number from each of T equal segments of the video -> (T,)  (TSN, Wang et al., ECCV 2016)
 
-    With `rng` the place in a segment is random, else it is place `view` of `views` evenly spread ones: the middle for 1.
+    With `rng` the place in a segment is random, else it is place `view` of `views` evenly spread ones, the middle of 1.
     A video with fewer than T frames repeats some.
     """
     edges = np.linspace(0, num_frames, T + 1)
@@ -55,7 +55,7 @@ def strided(num_frames, T, stride, rng=None, view=0, views=1):
 def rand_augment(clip, operations, magnitude):
     """Random changes of colours and geometry (RandAugment, Cubuk et al., 2020): uint8 (T, 3, H, W) -> (T, 3, H, W)
 
-    Done with torchvision's operations as the released codes do it, with timm's `rand-m{magnitude}-n{operations}-mstd0.5`:
+    By torchvision's operations, as the released codes do it by timm's `rand-m{magnitude}-n{operations}-mstd0.5`:
     each operation happens with probability 1/2, and its magnitude, out of 10, is drawn from N(magnitude, 0.5).
     """
     for draw in torch.rand(operations).tolist():
@@ -113,21 +113,21 @@ class VideoDataset(Dataset):
     Items are numbered across the whole training: item i is clip i % len(self), drawn for the (i // len(self))-th time.
     The random choices depend on `seed` and i alone, whatever the number of loader workers.
 
-    A video that cannot be read raises nothing: `problem` says why, and is "" when all is well. In training a random other
-    video takes its place, with its own label and path. In testing, and after TRIES broken ones in a row, the pixels are
-    zero and the label is IGNORED.
+    A video that cannot be read raises nothing: `problem` says why, and is "" when all is well. In training a random
+    other video takes its place, with its own label and path. In testing, and after TRIES broken ones in a row, the
+    pixels are zero and the label is IGNORED.
 
     num_frames, size: T and S.
     span: how many frames of the video a clip covers, T of which are read; 0: one from each of T segments of the video.
-    flip: what a mirror image does to the labels: {} nothing, {86: 87, 87: 86} swaps two; None: no clip is mirrored.
+    flip: what a mirror image does to the labels: () nothing, {86: 87, 87: 86} swaps two; None: no clip is mirrored.
     keep: holds the decoded videos in memory; for small sets of tiny videos, without loader workers.
     """
 
-    def __init__(self, clips, num_frames, size, span=0, views=(1, 1), augment=None, seed=0, keep=False, flip={}):  # noqa: B006
+    def __init__(self, clips, num_frames, size, span=0, views=(1, 1), augment=None, seed=0, keep=False, flip=()):
         self.clips, self.T, self.size, self.views, self.seed = clips, num_frames, size, views, seed
         self.sample = partial(strided, stride=max(span // num_frames, 1)) if span else segments
         self.transform = None if augment is None else train_transform(size, **augment)
-        self.flip, self.flip_rate = flip, augment.get("flip", 0.0) if augment and flip is not None else 0.0
+        self.flip, self.flip_rate = dict(flip or ()), augment.get("flip", 0.0) if augment and flip is not None else 0.0
         self.kept = {} if keep else None
 
     def __len__(self):
@@ -255,7 +255,7 @@ def find_clips(data, root="", val_data="", annotations="", fold=1, skip=""):
     """The clips of a dataset -> Data. An empty string means "not given".
 
     data: "toy", a name of DATASETS, a folder with train/CLASS and val/CLASS, or a list file for training.
-    root: where the videos of a named dataset are, at any depth; where toy is written; what the paths of a list start at.
+    root: where the videos of a named dataset are, at any depth; where toy is written; where the paths of a list start.
     val_data: the list file for evaluation, if `data` is a list file.
     annotations: where the annotation files of a named dataset are, if they are not below `root`.
     fold: which of the three splits of UCF101 and HMDB51.
@@ -357,7 +357,7 @@ HIDDEN = (".", "__MACOSX")  # how the names begin that desktops and notebooks le
 
 
 def walk(root):
-    """Looks through a folder, to any depth -> (paths of its videos in order, {name: path of the first such other file}).
+    """Looks through a folder, to any depth -> (paths of its videos in order, {name: path of the first such other file})
 
     A folder that holds .jpg files and no video files is one video, and is not searched further.
     """
@@ -432,7 +432,7 @@ def ucf(file, split):
 
 
 def hmdb(file, split):
-    # `file` is the first class's; all lie beside it. NAME.avi and what the video is for: 1 training, 2 testing, 0 nothing.
+    # `file` is the first class's; all lie beside it. NAME.avi, and what it is for: 1 training, 2 testing, 0 nothing.
     end = file.name.removeprefix("brush_hair")
     for one in sorted(file.parent.glob(f"*{end}")):
         for name, use in (line.rsplit(maxsplit=1) for line in lines_of(one)):
@@ -466,7 +466,8 @@ DATASETS = {
     "ssv2": Source(something_v2, f"{SSV2}-train.json train.json", f"{SSV2}-validation.json validation.json",
                    f"{SSV2}-labels.json labels.json", 174, "sthv2", "ssv2", flip=SIDES),
     "ssv1": Source(something_v1, f"{SSV1}-train.csv", f"{SSV1}-validation.csv", "", 174, "sthv1", "ssv2", flip=None),
-    "diving48": Source(diving, "Diving48_V2_train.json", "Diving48_V2_test.json", "", 48, "diving48", "diving48", UNIFORM),
+    "diving48": Source(diving, "Diving48_V2_train.json", "Diving48_V2_test.json",
+                       "", 48, "diving48", "diving48", UNIFORM),
     "ucf101": Source(ucf, "trainlist0{}.txt", "testlist0{}.txt", "classInd.txt", 101, "ucf101", "ucf101", UNIFORM),
     "hmdb51": Source(hmdb, "brush_hair_test_split{}.txt", "brush_hair_test_split{}.txt",
                      "", 51, "hmdb51", "hmdb51", UNIFORM),
@@ -529,8 +530,8 @@ class Video:
 
     A file is a sequence of packets, one compressed frame each, in the order of decoding. Most frames store only what
     changed; decoding can start at a keyframe, which stands for itself. Opening lists the packets' times. Sorted, they
-    number the frames, and tell from which keyframe to decode. Where they cannot be trusted (no presentation times, missing
-    or equal ones, no keyframe, a decoder that disagrees) the frames are decoded from the first one on, and counted.
+    number the frames, and tell from which keyframe to decode. Where they cannot be trusted (no presentation times,
+    missing or equal ones, no keyframe, a decoder that disagrees) frames are decoded from the first one on, and counted.
     """
 
     def __init__(self, path):

@@ -38,8 +38,8 @@ from common import B16, E14, L14, Attention, LayerNorm, cross_entropy, freeze, i
 class Down(nn.Module):
     """Eq. (1): z = Down(Norm(Z)), a linear layer (W, b) after a LayerNorm (weight g, bias c).
 
-    Let n be Z minus its mean, divided by its standard deviation. W (g * n + c) + b = (W * g) n + (W c + b): for the left
-    side autograd would keep two tensors of the ViT's width, for the right side it keeps n alone.
+    Let n be Z minus its mean, divided by its standard deviation. W (g * n + c) + b = (W * g) n + (W c + b): for the
+    left side autograd would keep two tensors of the ViT's width, for the right side it keeps n alone.
     """
 
     def __init__(self, vit_width, width):
@@ -65,9 +65,9 @@ class TemporalConv(nn.Module):
 
     def forward(self, x):
         """x (B, T, N, d) -> the same shape"""
-        T, x = x.shape[1], F.pad(self.point_in(x), (0, 0, 0, 0, 1, 1))  # B x T+2 x N x d, zeros outside the clip
-        # conv3d(x, weight, bias) wants channels second. For each channel, the same is a sum of shifted products:
-        # y[t] = bias + w[0] x[t-1] + w[1] x[t] + w[2] x[t+1].
+        T, x = x.shape[1], F.pad(self.point_in(x), (0, 0, 0, 0, 1, 1))  # B x T+2 x N x d
+        # conv3d(x, weight, bias) wants channels second. For each channel, the same is a sum of shifted products,
+        # y[t] = bias + w[0] x[t-1] + w[1] x[t] + w[2] x[t+1], with zeros outside the clip (released code).
         y, weight = self.depth.bias.to(x.dtype), self.depth.weight.to(x.dtype)
         for i in range(3):
             y = torch.addcmul(y, x[:, i : i + T], weight[:, 0, i])  # B x T x N x d
@@ -86,7 +86,7 @@ class SideBlock(nn.Module):
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.bn_2 = BatchNorm(width)
-        # Ratio 4 and GELU as in the ViT (released code).
+        # Ratio 4 and GELU (released code).
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, s, z, positions):
@@ -123,7 +123,7 @@ class Side4Video(nn.Module):
     side_layers: the number of side blocks; 0 for as many as the ViT has. post_norm: the authors' side network for E/14.
     Table 9 (section 4.5 calls it table 8) varies three more. fusion (a): which blocks of the ViT are read, every
     (layers / side_layers)-th for "interval", the last for "top". temporal (b): "conv" or "attention". cls_shift (c):
-    shift the [CLS] tokens in time. (d) is left out: the paper does not say how a [CLS] token passes through side blocks.
+    shift the [CLS] tokens in time. (d) is left out: the paper does not say how a [CLS] token passes a side block.
     Raises ValueError for values that are not named here or do not fit the ViT.
     """
 
@@ -290,7 +290,7 @@ class MeanOverProcesses(torch.autograd.Function):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix; ValueError if it does not fit."""
+    """Reads the authors' checkpoint, as `torch.load` gives it, with any prefix; ValueError if it does not fit."""
     tower, state = {}, {}
     for key, tensor in tensors_of(checkpoint).items():
         key = re.sub(r"^.*?(?=visual\.)", "", key)

@@ -188,7 +188,7 @@ def train(run, model, splits, train_set, val_set, out, world, checkpoint=None):
 def outputs(model, dataset, run, world, signals=()):
     """Runs the model over this process's share of a testing VideoDataset, until a signal comes.
 
-    Yields features (B, D), class probabilities (B, num_classes), the means over the views, labels (B,), paths, problems.
+    Yields features (B, D) and class probabilities (B, num_classes), means over the views; labels (B,), paths, problems.
     """
     model.eval()
     batch_size = max(run["batch_size"] // (world.size * run["accumulate"] * math.prod(run["views"])), 1)
@@ -229,9 +229,8 @@ def evaluate(model, dataset, splits, run, world, table, signals=()):
         shares[f"top1 {group}"] = right[chosen].sum(), videos[chosen].sum()
     result = {name: 100 * float(part) / max(float(whole), 1) for name, (part, whole) in shares.items()}
     if world.rank == 0:
-        tqdm.write(
-            f"{table.stem.split('_')[0]}: {', '.join(f'{n} {x:.1f} %' for n, x in result.items())} of {videos.sum()} videos"
-        )
+        shown = ", ".join(f"{name} {value:.1f} %" for name, value in result.items())
+        tqdm.write(f"{table.stem.split('_')[0]}: {shown} of {videos.sum()} videos")
         with open(table, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(["class", "videos", "top1", *splits.classes])

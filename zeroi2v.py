@@ -226,7 +226,7 @@ class ZeroI2V(nn.Module):
 def table_6(heads, num_frames, dataset):
     """Table 6 -> (dt of the temporal heads, relocated heads first as in the released code; which weights are adapted)
 
-    Other numbers of heads and frames follow its rule: ceil(h / 12) heads for each of -1 and +1, and more for more frames.
+    Other numbers of heads and frames follow its rule: ceil(h / 12) heads for each of -1 and +1, more for more frames.
     """
     if dataset not in ("k400", "ssv2"):
         raise ValueError(f"dataset is {dataset!r}; table 6 has k400 and ssv2")
@@ -241,7 +241,7 @@ def table_6(heads, num_frames, dataset):
 
 
 def load_official(model, checkpoint):
-    """Reads the authors' checkpoint as `torch.load` gives it, nested, with any prefix. ValueError if it does not fit."""
+    """Reads the authors' checkpoint, as `torch.load` gives it, with any prefix; ValueError if it does not fit."""
     renamed = {}
     for key, tensor in tensors_of(checkpoint).items():
         key = re.sub(r"^.*?cls_head\.fc_cls\.", "head.", key)
@@ -318,7 +318,7 @@ class LoRA(nn.Module):
 
 
 class OnlyTemporalHeads(nn.Module):
-    """An update of the rows of W_q, W_k, W_v, or of the columns of W_o, that belong to temporal heads (appendix A.2)."""
+    """An update of the rows of W_q, W_k, W_v, or the columns of W_o, that belong to temporal heads (appendix A.2)."""
 
     def __init__(self, width, offsets, columns):
         super().__init__()
@@ -364,7 +364,7 @@ class ClassShift(NoShift):
 OPERATORS = {"heads": ZeroI2VBlock, "channels": ChannelShift, "class": ClassShift, "none": NoShift}
 
 # Tables 3 and 4 print the merged model, which is the one of `kind="none"`, and GFLOPs for three views.
-# label, ViT, switches, frames, total (M), tunable (M), GFLOPs per view[, measure memory]; None: the paper prints nothing
+# label, ViT, switches, frames, total (M), tunable (M), GFLOPs per view[, measure memory]; None: not in the paper
 PAPER = [
     ("K400, ViT-B/16, 8 frames", B16, {}, 8, None, 14),
     ("K400, ViT-L/14, 8 frames", L14, {}),

@@ -23,8 +23,8 @@ be one of these directives:
                                            nothing when it is run. Tests put it in the place of the stub.
     # TEST                                 the lab's claims as asserts on its own variables; not part of the notebook.
 
-The checks of lab N are colab/checks/labN.py (see colab/check.py), which its import cell imports as `check`. Pictures are
-in colab/draw.py; clips, the places of the shapes and attention weights in colab/lab.py. Every long run must look at
+The checks of lab N are colab/checks/labN.py (see colab/check.py), which its import cell imports as `check`. Pictures
+are in colab/draw.py; clips, the places of the shapes and attention weights in colab/lab.py. Every long run must look at
 `FAST`, which tests set (LABS_FAST=1): seconds, and the same claims. The last cell is `check.progress()`.
 A lab has 40 to 60 cells and 1,200 to 1,800 words, no code cell over 30 lines but shown definitions, lines of 100
 characters at most, a picture every four to six cells, three or four exercises, a prediction before each experiment, the
@@ -45,8 +45,8 @@ ROOT = COLAB.parent
 sys.path.insert(0, str(ROOT))
 from colab.shown import global_names, link, show  # noqa: E402
 
-BY_UPLOAD = """*To open this notebook in Colab: go to [colab.research.google.com](https://colab.research.google.com), choose
-**File > Upload notebook**, and give it this file. Then drop a .zip of the project into the **Files** pane on the left.*"""
+BY_UPLOAD = """*To open this notebook in Colab: go to [colab.research.google.com](https://colab.research.google.com),
+choose **File > Upload notebook**, and give it this file. Then drop a .zip of the project into the **Files** pane.*"""
 
 
 def lab_files(wanted=()):

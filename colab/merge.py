@@ -39,7 +39,7 @@ def merge_checkpoint(source, target):
 
 @torch.no_grad()
 def take_pixels_of(clip, plain):
-    """Moves a normalisation of pixels that only the tag of the weights told into the weights, since a file does not tell."""
+    """Moves a normalisation of pixels that only the tag of the weights told into the weights: files do not tell."""
     mean, std, own_mean, own_std = (torch.tensor(values) for values in (plain.mean, plain.std, clip.mean, clip.std))
     # What `clip` was trained on is slope * (what a local file is given) + offset, in each channel.
     slope, offset = std / own_std, (mean - own_mean) / own_std

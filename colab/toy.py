@@ -29,10 +29,10 @@ PAIRS = {  # each class with its mirror in time
     "two part": "two meet",
     "jumps then rests": "rests then jumps",
 }
-# In a monotone class the place or size of the shape says how late it is: a shape that moves right is on the left in early
-# frames. A model may look at each frame alone, as long as it knows the frame's time, and average what it finds.
-# In a jumping class this is not enough. At each time the shape is anywhere, with equal chance in both classes, so that a
-# frame together with its time says nothing. Only frames that are compared with each other show whether the shape rests.
+# In a monotone class the place or size of the shape says how late it is: a shape that moves right is on the left in
+# early frames. A model may look at each frame alone, as long as it knows the frame's time, and average what it finds.
+# In a jumping class this is not enough. At each time the shape is anywhere, with equal chance in both classes, so that
+# a frame together with its time says nothing. Only frames that are compared with each other show whether it rests.
 GROUPS = {
     "monotone": [name for pair in list(PAIRS.items())[:4] for name in pair],
     "jumping": ["jumps then rests", "rests then jumps"],

@@ -1,7 +1,7 @@
 """What each method learns of the toy videos, beside its controls, and AIM's table 1 in small.
 
     python colab/toy_table.py                  trains what is missing in runs/toy-table and prints the README's tables
-    python colab/toy_table.py --checkpoints    trains the four methods and writes colab/checkpoints/METHOD.pt for the labs
+    python colab/toy_table.py --checkpoints    trains the four methods, writes colab/checkpoints/METHOD.pt for the labs
 
 All figures are top-1 in percent on the test split, which nothing was tuned on, over ten classes.
 """

@@ -1,4 +1,4 @@
-"""`python data.py check` reads every video of a dataset once; `python data.py show` draws what a model sees of a clip."""
+"""`python data.py check` reads every video of a dataset; `python data.py show` draws what a model sees of a clip."""
 
 import argparse
 import os

@@ -545,8 +545,8 @@ def test_toy_classes_are_mirrors_in_time():
 
 
 def test_no_frame_tells_jumping_from_resting():
-    """At every time the place has one distribution, so that each frame is as likely under the mirror class; twice as many
-    neighbouring frames differ in the first half as in the second."""
+    """At every time the place has one distribution, so that each frame is as likely under the mirror class; twice as
+    many neighbouring frames differ in the first half as in the second."""
     paths = [toy.motion("jumps then rests", np.random.default_rng(i))[0][:2] for i in range(4000)]
     places = np.array(paths)  # 4000 x 2 x T
     for moment in (places.mean(axis=0), (places**2).mean(axis=0) ** 0.5):

@@ -122,7 +122,7 @@ OWN = "PyTorch's"  # uniform within 1 / sqrt(fan-in)
         ),
     ],
 )
-def test_initial_values_are_the_released_ones(post_norm, starts):
+def test_initial_values_and_constants_are_the_released_ones(post_norm, starts):
     model = Side4Video(ViT(64, 4, 80, 2, 4), 400, width=256, post_norm=post_norm)
     fan_in = {"stem": 3 * 3 * 4 * 4, "downs": 80, "depth": 3, "mlp.2": 1024}
     for name, p in model.state_dict().items():
@@ -140,6 +140,11 @@ def test_initial_values_are_the_released_ones(post_norm, starts):
             assert p.std() == pytest.approx(start, rel=0.05), name
             assert p.abs().max() > 2.5 * start, name  # normal, not uniform
             assert p.mean().abs() < 5 * start * p.numel() ** -0.5, name
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            assert (module.eps, module.momentum) == (1e-5, 0.1), name
+        elif isinstance(module, nn.LayerNorm) and not name.startswith("vit."):
+            assert module.eps == 1e-5, name
 
 
 FLIP, RANDOM = dict(crop=(0.08, 1.0), flip=0.5), dict(randaugment=(4, 7))
@@ -718,7 +723,3 @@ def test_exported_and_traced_models_take_any_batch(switches):
         video = clips(count=count)
         for other in (exported, traced):
             torch.testing.assert_close(other(video), model(video), atol=1e-5, rtol=1e-5)
-
-
-def test_batch_norms_have_pytorchs_momentum():
-    assert {module.momentum for module in tiny().modules() if isinstance(module, BatchNorm)} == {0.1}

@@ -35,7 +35,7 @@ def rounded_edges(num_frames, T, view=0, views=1):
             lambda n, T, view=0, views=1: (edges(n, T)[:-1] + n / T / 2).astype(int),
         ),
         (
-            "You took the place view / views of each segment, which is its edge for view 0; it is (view + 0.5) / views.",
+            "You took the place view / views of each segment, its edge for view 0; it is (view + 0.5) / views.",
             lambda n, T, view=0, views=1: (edges(n, T)[:-1] + view / views * n / T).astype(int),
         ),
         (
