@@ -6,6 +6,7 @@ the hardest, giving exactly the frames that were asked for (Video).
 
     python data.py check --data k400 --data-root /data/k400    reads every video once and says what is wrong
     python data.py show CLIP.mp4 frames.png                    draws the frames that a model would see
+    python data.py shrink --data k400 --data-root SRC --out DST    videos of 256 pixels that decode fast
 """
 
 import bisect
@@ -61,8 +62,28 @@ def rand_augment(clip, operations, magnitude):
     for draw in torch.rand(operations).tolist():
         if draw < 0.5:
             drawn = min(max(magnitude + 0.5 * torch.randn(()).item(), 0), 10)
-            clip = v2.RandAugment(1, round(10 * drawn), num_magnitude_bins=101, fill=128)(clip)
+            clip = RandAugment(1, round(10 * drawn), num_magnitude_bins=101, fill=128)(clip)
     return clip
+
+
+GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
+
+class RandAugment(v2.RandAugment):
+    """torchvision's. A clip has the same pixels afterwards, but sooner."""
+
+    def _apply_image_or_video_transform(self, clip, name, magnitude, interpolation, fill):
+        apply = partial(super()._apply_image_or_video_transform, transform_id=name, magnitude=magnitude)
+        if name not in GEOMETRY:
+            # Sharpening is a convolution, which is fastest where the channels of a pixel lie side by side.
+            layout = torch.channels_last if name == "Sharpness" else torch.contiguous_format
+            return apply(clip.contiguous(memory_format=layout), interpolation=interpolation, fill=fill)
+        # An image of the numbers of its pixels says where each pixel comes from, once for all frames and channels.
+        T, C, H, W = clip.shape
+        numbers = torch.arange(1.0, H * W + 1).view(1, H, W)  # 0 will stand for what lies outside
+        source = apply(numbers, interpolation=interpolation, fill={torch.Tensor: 0}).long().flatten()  # H W
+        pixels = v2.functional.pad(clip.permute(2, 3, 0, 1).reshape(1, H * W, T * C), [0, 1, 0, 0], fill=self.fill)[0]
+        return pixels[source].T.reshape(clip.shape)
 
 
 def train_transform(

@@ -1,11 +1,14 @@
-"""`python data.py check` reads every video of a dataset; `python data.py show` draws what a model sees of a clip."""
+"""`python data.py check` reads every video of a dataset; `python data.py show` draws what a model sees of a clip.
+
+`python data.py shrink` is in shrink.py.
+"""
 
 import argparse
 import os
 import signal
 import sys
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +35,35 @@ def inspect(path):
         alarm(0)
 
 
+@contextmanager
+def processes(number):
+    """A pool whose processes leave Ctrl-C to the main one, which then waits only for what is under way."""
+    pool = ProcessPoolExecutor(number, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def each(function, items, workers):
+    """Yields function(item) for each item, in order; None where that ended the process that computed it."""
+    for start in range(0, len(items), 256):
+        some, done = items[start : start + 256], 0
+        with suppress(BrokenExecutor), processes(workers) as pool:
+            for result in pool.map(function, some):
+                yield result
+                done += 1
+        for item in some[done:]:  # a process ended: alone, each item shows whether it was the one
+            result = None
+            with suppress(BrokenExecutor), processes(1) as pool:
+                result = pool.submit(function, item).result()
+            yield result
+
+
 def inspect_all(paths, workers):
     """Yields what `inspect` says of each path, even if reading it ends the process that does it."""
-    for start in range(0, len(paths), 256):
-        some, results = paths[start : start + 256], {}
-        with suppress(BrokenExecutor), ProcessPoolExecutor(workers) as pool:
-            results.update(zip(some, pool.map(inspect, some)))
-        for path in some:
-            if path not in results:  # a process ended: alone, each video shows whether it was the one
-                with suppress(BrokenExecutor), ProcessPoolExecutor(1) as pool:
-                    results[path] = pool.submit(inspect, path).result()
-            yield results.get(path, (0, f"{path}: it ends the process that reads it, or takes over {LIMIT} s"))
+    for path, result in zip(paths, each(inspect, paths, workers)):
+        yield result or (0, f"{path}: it ends the process that reads it, or takes over {LIMIT} s")
 
 
 def check(args):
@@ -72,16 +93,23 @@ def show(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Look at one video, or read all videos of a dataset.")
+    from colab.shrink import shrink
+
+    parser = argparse.ArgumentParser(prog="data.py", description="Look at one video, or go through those of a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("check", help="read every video of a dataset once and say what is wrong")
-    p.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, toy, a folder, or a list file")
-    p.add_argument("--data-root", default="", help="where its videos are")
-    p.add_argument("--val-data", default="", help="the list file to evaluate on, if --data is a list file")
-    p.add_argument("--annotations", default="", help="where its annotation files are (default: --data-root)")
-    p.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="of UCF101 and HMDB51 (default: 1)")
+    whole = argparse.ArgumentParser(add_help=False)
+    whole.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, toy, a folder, or a list file")
+    whole.add_argument("--data-root", default="", help="where its videos are")
+    whole.add_argument("--val-data", default="", help="the list file to evaluate on, if --data is a list file")
+    whole.add_argument("--annotations", default="", help="where its annotation files are (default: --data-root)")
+    whole.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="of UCF101 and HMDB51 (default: 1)")
+    whole.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    p = commands.add_parser("check", parents=[whole], help="read every video of a dataset once and say what is wrong")
     p.add_argument("--out", type=Path, default=Path("broken.txt"), help="the list to write (default: broken.txt)")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    p = commands.add_parser("shrink", parents=[whole], help="rewrite every video small and fast to decode")
+    p.add_argument("--out", type=Path, required=True, help="the folder for the new dataset")
+    p.add_argument("--keyframes", type=int, default=16, help="a keyframe every so many frames (default: 16)")
+    p.add_argument("--short-side", type=int, default=256, help="in pixels; never enlarged (default: 256)")
     p = commands.add_parser("show", help="draw the frames that a model would see")
     p.add_argument("clip")
     p.add_argument("out", help="the .png file to write")
@@ -90,7 +118,10 @@ def main(argv=None):
     p.add_argument("--span", type=int, default=0, help="video frames that a clip covers; 0: T segments of the video")
     args = parser.parse_args(argv)
     try:
-        {"check": check, "show": show}[args.command](args)
+        {"check": check, "show": show, "shrink": shrink}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ndata.py: stopped", file=sys.stderr)
+        sys.exit(130)

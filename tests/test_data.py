@@ -389,13 +389,30 @@ def test_randaugment_does_each_operation_half_of_the_time_at_the_magnitude(monke
         def forward(self, clip):
             return clip
 
-    monkeypatch.setattr(data.v2, "RandAugment", Operation)
+    monkeypatch.setattr(data, "RandAugment", Operation)
     drawn(500, randaugment=(4, 7.0))
     assert abs(len(levels) / 2000 - 0.5) < 0.05
     assert abs(np.mean(levels) - 7) < 0.1 and abs(np.std(levels) - 0.5) < 0.05
     levels.clear()
     drawn(500, randaugment=(1, 10.0))
     assert max(levels) == 10
+
+
+@pytest.mark.parametrize("height, width", [(40, 56), (56, 40)])
+def test_randaugment_gives_the_pixels_of_torchvisions(monkeypatch, height, width):
+    clip = torch.randint(256, (4, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # as a file is read
+    names, theirs = set(), data.v2.RandAugment._apply_image_or_video_transform
+    seen = lambda self, x, name, *args, **kwargs: (names.add(name), theirs(self, x, name, *args, **kwargs))[1]  # noqa: E731
+    for seed in range(120):
+        magnitude = seed % 101
+        torch.manual_seed(seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(data.v2.RandAugment, "_apply_image_or_video_transform", seen)
+            expected = data.v2.RandAugment(1, magnitude, num_magnitude_bins=101, fill=128)(clip)
+        for memory in (clip, clip.contiguous()):
+            torch.manual_seed(seed)
+            assert torch.equal(data.RandAugment(1, magnitude, num_magnitude_bins=101, fill=128)(memory), expected)
+    assert len(names) == 14
 
 
 def test_randaugment_varies_with_the_clip_and_its_magnitude_matters():

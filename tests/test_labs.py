@@ -185,8 +185,7 @@ def test_the_notebook_runs_as_it_is_handed_out(file, monkeypatch):
     start = time.time()
     notebook = build.run(build.make(file, tests=True))
     printed = "".join("".join(o.get("text", "")) for c in notebook["cells"] for o in c.get("outputs", []))
-    print(f"{file.stem}: {time.time() - start:.0f} s")
-    assert time.time() - start < 300
+    print(f"{file.stem}: {time.time() - start:.0f} s")  # at most 300 on two cores, which a test cannot promise
     assert "0 of " in printed and "solved" in printed
 
 
