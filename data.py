@@ -74,6 +74,8 @@ class RandAugment(v2.RandAugment):
 
     def _apply_image_or_video_transform(self, clip, name, magnitude, interpolation, fill):
         apply = partial(super()._apply_image_or_video_transform, transform_id=name, magnitude=magnitude)
+        if name == "Solarize":  # x -> 255 - x, all eight bits turned, from a brightness on
+            return clip ^ (clip >= 255 * magnitude).view(torch.uint8).neg()
         if name not in GEOMETRY:
             # Sharpening is a convolution, which is fastest where the channels of a pixel lie side by side.
             layout = torch.channels_last if name == "Sharpness" else torch.contiguous_format
@@ -83,7 +85,7 @@ class RandAugment(v2.RandAugment):
         numbers = torch.arange(1.0, H * W + 1).view(1, H, W)  # 0 will stand for what lies outside
         source = apply(numbers, interpolation=interpolation, fill={torch.Tensor: 0}).long().flatten()  # H W
         pixels = v2.functional.pad(clip.permute(2, 3, 0, 1).reshape(1, H * W, T * C), [0, 1, 0, 0], fill=self.fill)[0]
-        return pixels[source].T.reshape(clip.shape)
+        return pixels.index_select(0, source).T.reshape(clip.shape)
 
 
 def train_transform(

@@ -3,17 +3,23 @@
     python tests/bench.py train                      a training step of every method beside the plain ViT's
     python tests/bench.py train --method aim --batch-size 4 --precision fp32 bf16 --no-compile
     python tests/bench.py decode CLIP...             8 frames of 224 from each clip: ours, PyAV, decord, torchcodec
+    python tests/bench.py augment                    RandAugment: ours beside torchvision's
+    python tests/bench.py feed --method aim --data k400 --data-root ...    how many cores feed a training step
 
 A step is train.py's: uint8 clips (random ones) to floats, forward, loss, backward, fused AdamW. `of ViT` is its time
 beside the plain ViT's own forward and backward, all weights with gradients; `of products` beside its matrix products
 alone: the same shapes as bare torch.mm, forward and backward. Each variant has a process of its own, for its memory;
 on a CPU, whose speed wanders, they take turns and neighbours in time are compared. MFU is of the GPU's dense peak.
 Decoding is counted in the CPU time of one core; decord and torchcodec take part where they are installed.
+`feed` takes what train.py takes. It never reads weights: random ones take the same time.
 """
 
 import argparse
 import collections
+import contextlib
+import math
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -269,7 +275,108 @@ def time_decoding(args):
         print(f"{name:20}{total:8.1f}   each {each}   {statistics.median(paired):.2f} times the CPU time of ours")
 
 
+def time_augmentation(args):
+    """With AIM's recipe for SSv2, of random pixels in the layout that a reader gives them."""
+    torch.set_num_threads(1)
+    video = torch.randint(256, (8, 256, 340, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    change, ours = data.train_transform(224, crop=(0.08, 1.0), randaugment=(4, 7.0)), data.RandAugment
+    seconds = {"torchvision's": [], "ours": []}
+    for turn in range(args.turns + 1):  # the first warms up
+        for name, cls in (("torchvision's", v2.RandAugment), ("ours", ours)):
+            data.RandAugment = cls
+            torch.manual_seed(turn)
+            began = time.process_time()
+            for _ in range(20):
+                change(video)
+            seconds[name] += [(time.process_time() - began) / 20] if turn else []
+    ratio = statistics.median(map(truediv, *seconds.values()))
+    for name, times in seconds.items():
+        print(f"{name:14}{1 / statistics.median(times):7.0f} clips per second of one core (crop and RandAugment)")
+    print(f"ours is {ratio:.2f} times as fast")
+
+
+def time_feeding(argv):
+    """The loader's clips per second for 1, 2, ... workers, beside what the training step needs."""
+    job, flags = train.parse(argv)
+    run = train.settings(flags | {"pretrained": "none"})
+    splits = data.find_clips(run["data"], **{n.replace("data_root", "root"): run[n] for n in train.PLACES})
+    world = train.World.here(job["device"], run["precision"])
+    model = train.build(run, splits.classes).to(world.device).train()
+    common.cast_frozen(model, world.dtype)
+    if run["recompute"]:
+        common.recompute(model)
+    forward = torch.compile(model) if run["compile"] else model
+    train_set, _ = data.datasets(run, splits, "val", model.vit.image_size)
+    train_set.kept = None  # every clip is decoded, as of a large dataset
+
+    size = run["batch_size"] // run["accumulate"] if world.device.type == "cuda" else 2
+    shape = (size, run["num_frames"], 3, *[model.vit.image_size] * 2)
+    video = torch.randint(256, shape, dtype=torch.uint8, device=world.device)
+    label = torch.zeros(size, dtype=torch.long, device=world.device)
+    optimizer, times = torch.optim.AdamW(train.parameter_groups(model, run), lr=1e-6, fused=True), []
+    for _ in range(6):
+        began = time.perf_counter()
+        with world.autocast():
+            loss = model.loss(forward(common.normalize(video, model.vit)), label)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    need = size / statistics.median(times[2:])
+    print(
+        f"a training step takes {need:.1f} clips per second ({run['method']}, {run['backbone']}, {world.device.type})"
+    )
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    items = np.random.default_rng(0).integers(len(train_set), size=24).tolist()
+    decoding, whole = 0.0, 0.0
+    for item in [items[0], *items]:
+        started = time.process_time()
+        with contextlib.suppress(data.VideoError):
+            train_set.read(train_set.clips[item].path, np.random.default_rng(0))
+        middle = time.process_time()
+        train_set[item]
+        if item is not items[0] or decoding:
+            decoding, whole = decoding + middle - started, whole + time.process_time() - middle
+        else:
+            decoding, whole = 1e-9, 1e-9  # the first one warms up
+    one = len(items) / whole
+    parts = (
+        f"decoding alone {len(items) / decoding:.1f}, augmentation alone {len(items) / max(whole - decoding, 1e-9):.1f}"
+    )
+    print(f"one core gives {one:.1f} clips per second: {parts}")
+    torch.set_num_threads(threads)
+
+    best, cores = 0.0, os.cpu_count()
+    for workers in sorted({*(2**k for k in range(8) if 2**k <= cores), cores}):
+        batch = max(run["batch_size"] // 8, 4)
+        batches = [
+            np.random.default_rng(k).integers(len(train_set), size=batch).tolist() for k in range(4 * workers + 4)
+        ]
+        loader = iter(data.loader(train_set, batches, workers))
+        for _ in range(workers):
+            next(loader)  # every worker has started
+        began, clips = time.perf_counter(), 0
+        for item, *_ in loader:
+            clips += len(item)
+        pace = clips / (time.perf_counter() - began)
+        best = max(best, pace)
+        print(f"{workers:4} workers: {pace:8.1f} clips per second", flush=True)
+    enough = math.ceil(need / one)
+    if best >= need:
+        print(f"The training step limits; about {enough} cores for loading are enough.")
+    else:
+        print(
+            f"Loading limits: it gives {best:.0f} of {need:.0f} clips per second; about {enough} cores would be enough."
+        )
+
+
 def main():
+    if sys.argv[1:2] == ["feed"]:  # whose flags are train.py's
+        return time_feeding(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     steps = what.add_parser("train", help="step times")
@@ -286,8 +393,11 @@ def main():
     decode = what.add_parser("decode", help="reading frames")
     decode.add_argument("clips", nargs="+", type=Path)
     decode.add_argument("--turns", type=int, default=9)
+    augment = what.add_parser("augment", help="RandAugment")
+    augment.add_argument("--turns", type=int, default=9)
+    what.add_parser("feed", help="how many cores feed a training step; its flags are those of train.py")
     args = parser.parse_args()
-    {"train": time_steps, "decode": time_decoding}[args.what](args)
+    {"train": time_steps, "decode": time_decoding, "augment": time_augmentation}[args.what](args)
 
 
 if __name__ == "__main__":
