@@ -43,21 +43,21 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention (MSA). Its parameters have the names of nn.MultiheadAttention."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, causal=False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)  # of Q, K and V together
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         self.norm = nn.Identity()  # CLIP has no norm here, EVA has
 
     def forward(self, x):
-        """x (..., n, D) -> (..., n, D). The n tokens of a sequence attend to each other."""
+        """x (..., n, D) -> (..., n, D). Each of n tokens attends to all; if causal, to none after it."""
         # x is B x N x D or B x T x N x D. A transposed x, as AIM's (B N) x T x D, is made contiguous: otherwise PyTorch
         # would multiply its sequences one by one, and not as the rows of one matrix.
         qkv = F.linear(x.contiguous(), self.in_proj_weight, self.in_proj_bias).flatten(0, -3)  # (B or B T) x n x 3D
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)  # softmax(Q K^T / sqrt(d)) V in each head, d = D / h
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # softmax(Q K^T / sqrt(d)) V, d = D / h
         y = rearrange(y, "b h n d -> b n (h d)").view_as(x)
         return self.norm(self.out_proj(y))
 
@@ -67,10 +67,10 @@ class Block(nn.Module):
 
     recompute = False
 
-    def __init__(self, width, heads, mlp_width, activation):
+    def __init__(self, width, heads, mlp_width, activation, causal=False):
         super().__init__()
         self.ln_1 = LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.ln_2 = LayerNorm(width)
         layers = dict(c_fc=nn.Linear(width, mlp_width), gelu=activation(), c_proj=nn.Linear(mlp_width, width))
         self.mlp = nn.Sequential(OrderedDict(layers, norm=nn.Identity()))  # CLIP has no norm here, EVA has
@@ -144,6 +144,32 @@ class ViT(nn.Module):
             x = block(x)
         x = self.ln_post(x[:, 0])  # B x D, the [class] token
         return x if self.proj is None else F.linear(x, self.proj.T, self.proj_bias)
+
+
+class TextTower(nn.Module):
+    """CLIP's text tower, for retrieval: ids of tokens (B, L), L <= context_length -> vectors (B, L, output_dim).
+
+    CLIP's own text feature is the vector of the [end] token, which has the highest id. What follows it changes nothing.
+    """
+
+    def __init__(
+        self, vocab_size=49408, context_length=77, width=512, layers=12, heads=8, output_dim=512, quick_gelu=False
+    ):
+        super().__init__()
+        activation = QuickGELU if quick_gelu else nn.GELU
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        blocks = [Block(width, heads, 4 * width, activation, causal=True) for _ in range(layers)]
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.ln_final = LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # of the contrastive loss, as a logarithm
+
+    def forward(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]  # B x L x D
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return self.ln_final(x) @ self.text_projection
 
 
 # The backbones of the papers' tables, as keywords of `ViT`.
@@ -278,8 +304,8 @@ def load_strict(model, state, source):
     model.load_state_dict(state)
 
 
-def load_clip(name, pretrained="openai", image_size=None):
-    """The image tower `name` of open_clip ("ViT-B-16", "EVA02-E-14", ...) or of timm, as a `ViT`.
+def load_clip(name, pretrained="openai", image_size=None, text=False):
+    """The image tower `name` of open_clip ("ViT-B-16", "EVA02-E-14", ...) or timm -> `ViT`; text: also a `TextTower`.
 
     name: of timm with a tag ("vit_base_patch16_224.augreg_in21k"). Any name may end in "-quickgelu": OpenAI's weights
         need QuickGELU, which their archive and open_clip's tags tell, but no other file; without it they run, badly.
@@ -325,7 +351,17 @@ def load_clip(name, pretrained="openai", image_size=None):
     vit.mean, vit.std = record.get("mean", CLIP_MEAN), record.get("std", CLIP_STD)
     if pretrained is not None:
         load_strict(vit, fit_positions(image_tower(state, shape), vit), f"{pretrained} for {name}")
-    return vit
+    if not text:
+        return vit
+    keys = ("vocab_size", "context_length", "width", "layers", "heads")
+    if in_timm or not set(config["text_cfg"]) <= set(keys):
+        raise ValueError(f"the text tower of {name} is not CLIP's")
+    tower = TextTower(**config["text_cfg"], output_dim=config["embed_dim"], quick_gelu=quick_gelu)
+    if pretrained is not None:
+        load_strict(
+            tower, {key: state[key].float() for key in tower.state_dict() if key in state}, f"{pretrained}, text"
+        )
+    return vit, tower
 
 
 def clip_shape(name, config):

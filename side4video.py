@@ -90,7 +90,7 @@ class SideBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, s, z, positions):
-        """s (B, T, N, d), z (B, T, N+1, d), positions (N, d) -> s"""
+        """s (B, T, N, d), z (B, T, N+1, d), positions (1+N, d) -> s"""
         cls, z = z[:, :, :1], z[:, :, 1:]  # B x T x 1 x d, B x T x N x d
         s = 0.5 * s + 0.5 * z  # eq. (2) is s + z (released code: the mean)
         s = s + self.temporal(self.bn_1(s))
@@ -98,7 +98,7 @@ class SideBlock(nn.Module):
         return s + self.mlp(self.bn_2(s))
 
     def tokens(self, cls, s, positions):
-        """What attention reads: [shifted cls ; s + positions]. cls (B, T, 1, d), s (B, T, N, d) -> (B, T, 1+N, d)"""
+        """What attention reads: [shifted cls ; s] + positions. cls (B, T, 1, d), s (B, T, N, d) -> (B, T, 1+N, d)"""
         if self.cls_shift:
             # The first half of the channels comes from the next frame and the second half from the one before; zeros
             # stand outside the clip (released code; the paper only says "back-and-forth across adjacent frames").
@@ -106,7 +106,7 @@ class SideBlock(nn.Module):
             half = cls.shape[-1] // 2
             cls = torch.cat([padded[:, 2:, :, :half], padded[:, :-2, :, half:]], dim=-1)  # B x T x 1 x d
         # One table of positions serves all blocks. It is added here alone and never enters s itself (released code).
-        return torch.cat([cls, s + positions.to(s.dtype)], dim=2)
+        return torch.cat([cls, s], dim=2) + positions.to(s.dtype)
 
     def attention(self, x):
         """Spatial attention in each frame. Only the patches have queries. x (B, T, 1+N, d) -> (B, T, N, d)"""
@@ -169,12 +169,18 @@ class Side4Video(nn.Module):
 
     def features(self, video):
         """video (B, T, 3, H, W) -> (B, d)"""
+        positions = F.pad(self.position_embedding, (0, 0, 1, 0))  # 1+N x d: the [CLS] token has none
+        s, _ = self.side(video, positions)
+        return s.mean((1, 2))  # eq. (3)
+
+    def side(self, video, positions):
+        """video (B, T, 3, H, W), positions (1+N, d) -> s (B, T, N, d), and Z (B, T, N+1, D) of the last block"""
         s = self.stem(rearrange(video, "b t c h w -> b c t h w"))
         s = self.stem_bn(rearrange(s, "b d t h w -> b t (h w) d"))  # s_0, B x T x N x d
         for z, down, block in zip(self.outputs(video), self.downs, self.blocks):
-            inputs = s, down(z), self.position_embedding  # eq. (1)
+            inputs = s, down(z), positions  # eq. (1)
             s = recomputed(block, *inputs) if self.recompute else block(*inputs)
-        return self.post_bn(s).mean((1, 2))  # eq. (3)
+        return self.post_bn(s), z
 
     @torch.no_grad()
     def outputs(self, video):
@@ -188,6 +194,65 @@ class Side4Video(nn.Module):
     def forward(self, video):
         """video (B, T, 3, H, W), normalised -> logits (B, num_classes)"""
         return self.head(self.dropout(self.features(video)))
+
+
+class Side4VideoRetrieval(Side4Video):
+    """Text-video retrieval (section 3.4; the details are the released code's). `clip`, `text`: a ViT and a TextTower.
+
+    The ViT is frozen in place but for ln_post and the projection. Tuned with them: the side network, the text tower and
+    two MLPs. It starts as zero-shot CLIP of each frame. matching: "wti" (weighted token-wise interaction) or "mean".
+    A text has L token numbers, 0 after its [end], which has the highest number. E is the width of the joint space.
+    """
+
+    def __init__(self, clip, text, num_frames=12, width=320, side_layers=0, matching="wti"):
+        proj = clip.proj
+        super().__init__(clip, 1, num_frames, width, side_layers)
+        del self.head
+        if matching not in ("wti", "mean"):
+            raise ValueError(f"matching is {matching!r}; it must be wti or mean")
+        self.matching, self.text = matching, text
+        self.vit.proj = nn.Parameter(proj.detach())  # D x E
+        self.vit.ln_post.requires_grad_(True)
+        patches, E = len(self.position_embedding), proj.shape[1]
+        self.position_embedding = nn.Parameter(0.01 * torch.randn(1 + patches, width))  # here the [CLS] token has one
+        self.up = nn.Parameter(torch.zeros(width, clip.width))  # W_up, d x D
+        weigh = [nn.Sequential(nn.Linear(E, E), nn.ReLU(), nn.Linear(E, 1)) for _ in range(2 * (matching == "wti"))]
+        self.weigh = nn.ModuleDict(zip(("text", "video"), weigh))
+        for p in self.weigh.parameters():
+            nn.init.normal_(p, std=0.02) if p.dim() > 1 else nn.init.zeros_(p)
+
+    def features(self, video):
+        """video (B, T, 3, H, W) -> f (B, T, E), a vector per frame"""
+        s, z = self.side(video, self.position_embedding)
+        x = self.vit.ln_post(
+            z[:, :, 0] + s.mean(2) @ self.up
+        )  # eq. (4), B x T x D (the place of the norm: released code)
+        return x @ self.vit.proj
+
+    def forward(self, video, ids):
+        """video (B, T, 3, H, W), normalised, ids (B', L) -> what `similarity` compares: f (B, T, E), g (B', L, E)"""
+        return self.features(video), self.text(ids)
+
+    def similarity(self, g, ids, f):
+        """Texts g (A, L, E) with their ids (A, L), and videos f (B, T, E) -> (A, B)"""
+        end = ids.argmax(1)  # A
+        if self.matching == "mean":
+            text, video = g[torch.arange(len(g)), end], f.mean(1)
+            return F.normalize(text, dim=-1) @ F.normalize(video, dim=-1).T
+        mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None]  # A x L: up to [end] and with it
+        w = self.weigh["text"](g)[..., 0].masked_fill(~mask, -torch.inf).softmax(1)  # A x L
+        u = self.weigh["video"](f)[..., 0].softmax(1)  # B x T
+        cosine = torch.einsum("ale,bte->ablt", F.normalize(g, dim=-1), F.normalize(f, dim=-1))
+        # A padded token has the similarity 0, not -inf: where a caption is short, the second maximum is at least 0.
+        cosine = cosine * mask[:, None, :, None]
+        text_to_video = torch.einsum("al,abl->ab", w, cosine.amax(3))  # each token with its nearest frame
+        return 0.5 * (text_to_video + torch.einsum("bt,abt->ab", u, cosine.amax(2)))
+
+    def loss(self, f, g, ids):
+        """The symmetric cross-entropy, of B videos f and their B texts g -> (B,)"""
+        logits = self.text.logit_scale.exp() * self.similarity(g, ids, f)  # text x video
+        target = torch.arange(len(f), device=f.device)
+        return 0.5 * (cross_entropy(logits, target) + cross_entropy(logits.T, target))
 
 
 def initialize(model, post_norm):
@@ -218,7 +283,7 @@ class PostNormSideBlock(SideBlock):
     """E/14's block: norms stand after what they normalise, as in its ViT (section 4.1; the order: released code)."""
 
     def forward(self, s, z, positions):
-        """s (B, T, N, d), z (B, T, N+1, d), positions (N, d) -> s"""
+        """s (B, T, N, d), z (B, T, N+1, d), positions (1+N, d) -> s"""
         cls, z = z[:, :, :1], z[:, :, 1:]  # B x T x 1 x d, B x T x N x d
         s = 0.5 * s + 0.5 * z  # eq. (2)
         s = s + self.bn_1(self.temporal(s))
@@ -297,6 +362,7 @@ def load_official(model, checkpoint):
         if key.startswith("visual.") and ".side_" not in key:
             tower[key] = tensor
             continue
+        key = re.sub(r"^clip\.(?!visual)", "text.", key)
         for pattern, name in RELEASED_NAMES:
             key = re.sub(pattern, name, key)
         # A 1x1x1 convolution is a linear layer (d, d), and a depthwise 3x1x1 one has the weight (d, 1, 3).
@@ -306,7 +372,8 @@ def load_official(model, checkpoint):
         if all(part in state for part in parts):
             state[q.replace("q_proj.", "in_proj_")] = torch.cat([state.pop(part) for part in parts])  # (3d, d) or (3d)
     tower = image_tower(tower, dict(output_dim=0, post_norm=True))  # this says how to read EVA's names, those of E/14
-    tower.pop("proj", None)
+    if model.vit.proj is None:
+        tower.pop("proj", None)
     for name, tensor in model.vit.ln_post.named_parameters():  # not used here; released files may lack it
         tower.setdefault(f"ln_post.{name}", tensor)
     load_strict(model, state | {f"vit.{key}": tensor for key, tensor in tower.items()}, "of Side4Video's authors")
@@ -322,6 +389,12 @@ RELEASED_NAMES = (
     (r"^side_lns\.(\d+)\.", r"downs.\1.ln."),
     (r"^side_linears\.(\d+)\.", r"downs.\1.fc."),
     (r"^side_(transformer|blocks)\.", "blocks."),
+    (r"^side_proj$", "up"),
+    (r"^(text|video)_weight_fc\.", r"weigh.\1."),
+    (r"\.norm([12])\.", r".bn_\1."),
+    (r"\.pw_conv1\.", ".temporal.point_in."),
+    (r"\.dw_conv1\.", ".temporal.depth."),
+    (r"\.pw_conv2\.", ".temporal.point_out."),
     (r"\.conv\.0\.", ".temporal.point_in."),
     (r"\.conv\.1\.", ".temporal.depth."),
     (r"\.conv\.2\.", ".temporal.point_out."),
@@ -364,7 +437,17 @@ PAPER = [
     ("ViT-E/14 light: 32 x 576", E14, E14_RECIPE["model"], 8, None, None, 7980),
 ]
 
-if __name__ == "__main__":
-    from colab.tables import compare
+# Retrieval, 12 frames and 32 tokens, as counted in the released code, which also computes the [CLS] queries.
+# label, ViT, TextTower, total (M), tunable (M), GFLOPs per video, GFLOPs per caption
+TEXT_L14 = dict(width=768, heads=12, output_dim=768)
+RETRIEVAL = [
+    ("retrieval, ViT-B/32", dict(patch_size=32), {}, 175.271363, 87.816899, 66.8, 1.2),
+    ("retrieval, ViT-B/16", B16, {}, 171.449987, 85.652099, 263.6, 1.2),
+    ("retrieval, ViT-L/14", L14 | dict(output_dim=768), TEXT_L14, 472.264067, 169.086339, 1116.2, 2.7),
+]
 
-    compare(Side4Video, PAPER)
+if __name__ == "__main__":
+    from colab import tables
+
+    tables.compare(Side4Video, PAPER)
+    tables.compare_retrieval(Side4VideoRetrieval, RETRIEVAL)

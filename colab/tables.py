@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import ViT, cast_frozen, count_parameters, recompute
+from common import TextTower, ViT, cast_frozen, count_parameters, recompute
 
 
 def gflops(model, video):
@@ -97,3 +97,17 @@ def measure(method, row):
             recompute(model)
             memory.append(activation_bytes(model, video) / 2**20)
     return total, tunable, flops, memory
+
+
+def compare_retrieval(cls, rows):
+    """Prints what `rows` say of retrieval models, as in side4video.py, beside what is measured."""
+    heads = ("total M", "theirs", "tuned M", "theirs", "GFLOPs", "theirs", "caption", "theirs")
+    print(f"{'':40}", *(f"{head:>9}" for head in heads))
+    for label, vit, text, *expected in rows:
+        with torch.device("meta"):
+            model = cls(ViT(**vit), TextTower(**text))
+            video, ids = torch.empty(1, 12, 3, 224, 224), torch.zeros(1, 32, dtype=torch.long)
+            found = [count / 1e6 for count in count_parameters(model)]
+            found += [gflops(model.features, video), gflops(model.text, ids)]
+        pairs = (number for two in zip(found, expected) for number in two)
+        print(f"{label:40}", *(f"{number:9.1f}" for number in pairs))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = dict(aim=225, st_adapter=215, zeroi2v=400, side4video=370, common=480, data=650, train=600)
+BUDGETS = dict(aim=225, st_adapter=215, zeroi2v=400, side4video=480, common=540, data=730, train=660)
 METHODS = {"aim", "st_adapter", "zeroi2v", "side4video"}
 ALLOWED = {"common": set(), "data": set(), "train": METHODS | {"common", "data"}} | {
     name: {"common"} for name in METHODS
@@ -16,7 +16,7 @@ ALLOWED = {"common": set(), "data": set(), "train": METHODS | {"common", "data"}
 
 def test_every_file_is_within_its_budget_of_lines():
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in BUDGETS}
-    assert {name: n for name, n in lines.items() if n > BUDGETS[name]} == {} and sum(lines.values()) <= 2940
+    assert {name: n for name, n in lines.items() if n > BUDGETS[name]} == {} and sum(lines.values()) <= 3250
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 

@@ -494,7 +494,7 @@ def test_attention_adds_the_class_tokens_of_the_neighbouring_frames(cls_shift):
     block = randomize(SideBlock(d, "conv", cls_shift))
     mha = nn.MultiheadAttention(d, 2, batch_first=True)
     mha.load_state_dict(block.attn.state_dict())
-    x, cls, positions = torch.randn(2, T, n, d), torch.randn(2, T, 1, d), torch.randn(n, d)
+    x, cls, positions = torch.randn(2, T, n, d), torch.randn(2, T, 1, d), torch.randn(1 + n, d)
     read = block.tokens(cls, x, positions)
     answer = block.attention(read)
     for t in range(T):
@@ -502,7 +502,7 @@ def test_attention_adds_the_class_tokens_of_the_neighbouring_frames(cls_shift):
         if cls_shift:
             added[..., :64] = cls[:, t + 1, :, :64] if t + 1 < T else 0
             added[..., 64:] = cls[:, t - 1, :, 64:] if t > 0 else 0
-        tokens = torch.cat([added, x[:, t] + positions], 1)  # no position on the [CLS] token
+        tokens = torch.cat([added, x[:, t]], 1) + positions
         assert torch.equal(read[:, t], tokens)
         torch.testing.assert_close(answer[:, t], mha(tokens[:, 1:], tokens, tokens)[0], atol=1e-4, rtol=1e-4)
 
@@ -518,7 +518,7 @@ def norm(layer, x):
 @pytest.mark.parametrize("kind", [SideBlock, PostNormSideBlock])
 def test_a_block_is_fusion_temporal_convolution_attention_and_mlp(kind):
     block = randomize(kind(64, "conv", True)).eval()
-    s, z, positions = torch.randn(2, 4, 6, 64), torch.randn(2, 4, 7, 64), torch.randn(6, 64)
+    s, z, positions = torch.randn(2, 4, 6, 64), torch.randn(2, 4, 7, 64), torch.randn(7, 64)
     post = kind is PostNormSideBlock
 
     def branch(layer, function, x):
@@ -556,7 +556,7 @@ def test_frames_see_each_other_through_the_temporal_module_and_the_shift(tempora
     s, z = torch.randn(2, 5, 6, 64), torch.randn(2, 5, 7, 64)
     frame = torch.arange(5).view(5, 1, 1) == 2
     s[1], z[1] = torch.where(frame, s[1], s[0]), torch.where(frame, z[1], z[0])  # two clips that differ in frame 2
-    answer = block(s, z, torch.randn(6, 64))
+    answer = block(s, z, torch.randn(7, 64))
     difference = (answer[0] - answer[1]).abs().amax((1, 2))
     assert [t for t in range(5) if difference[t] > 1e-5] == changed
 
@@ -587,7 +587,8 @@ def test_the_side_network_starts_at_the_stem_and_ends_in_the_mean_over_frames_an
     for i, (down, (s, z, positions)) in enumerate(zip(model.downs, entered, strict=True)):
         wanted = norm(down.ln, down.fc(read[i])) if "post_norm" in switches else down.fc(norm(down.ln, read[i]))
         torch.testing.assert_close(z, wanted, atol=1e-4, rtol=1e-4)
-        assert positions is model.position_embedding and (i == 0 or s is left[i - 1])
+        assert not positions[0].any() and torch.equal(positions[1:], model.position_embedding)  # [CLS] has none
+        assert i == 0 or s is left[i - 1]
     last = left[-1] if "post_norm" in switches else norm(model.post_bn, left[-1])  # E/14 has no norm here
     torch.testing.assert_close(features, last.flatten(1, 2).mean(1), atol=1e-5, rtol=1e-5)
 
