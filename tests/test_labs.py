@@ -378,11 +378,12 @@ def test_lab_2_sees_what_is_wrong_with_an_adapter_before_it_is_called():
         assert sentence in lab2.adapter.verdict(wrong)
 
 
-def test_lab_2_sees_a_division_by_zero_with_a_single_block():
+def test_lab_2_sees_a_division_by_zero_with_a_single_block_and_a_missing_dimension():
     from colab.checks import lab2
 
     def wrong(y, kept, i, layers, last):
         return y * kept[:, None, None, None] / (1 - last * i / (layers - 1))
 
     assert "With a single block" in lab2.drop_path.verdict(wrong)
+    assert "`kept` has one value per clip" in lab2.drop_path.verdict(lambda y, kept, i, layers, last: y * kept)
     assert "It stops with" in lab2.drop_path.verdict(lambda y, kept, i, layers, last: 1 / 0)

@@ -139,6 +139,10 @@ def moved_back_wrongly(z, attn):
             lambda z, attn: attn(rearrange(z, "b t n d -> (b n) t d")),
         ),
         (
+            "The output is (B, N+1, T, D): swap T and N+1 back.",
+            lambda z, attn: t_msa_of_the_project(z, attn).transpose(1, 2),
+        ),
+        (
             "z is added to the output. Eq. (3) does that later, after the adapter.",
             lambda z, attn: z + t_msa_of_the_project(z, attn),
         ),
@@ -171,6 +175,13 @@ def space_first(z, block, temporal, spatial, joint, s=0.5):
     return zt + block.mlp(y) + s * joint(y)
 
 
+def space_twice(z, block, temporal, spatial, joint, s=0.5):
+    zt = z + temporal(block.attn(block.ln_1(z)))
+    zs = zt + spatial(block.attn(block.ln_1(zt)))
+    y = block.ln_2(zs)
+    return zs + block.mlp(y) + s * joint(y)
+
+
 def varied(ffn=None, norm_1=True, residual=True, scale_all=False, adapters=True):
     """Variants of the block: `ffn` replaces the sum of eq. (5); the others leave something out."""
 
@@ -192,12 +203,17 @@ def varied(ffn=None, norm_1=True, residual=True, scale_all=False, adapters=True)
     mistakes=[
         ("S-MSA must see what T-MSA has changed: eq. (4) reads z^T, you gave it z.", in_parallel),
         ("Space comes first in yours; eq. (3), time, comes first.", space_first),
+        ("Eq. (3) attends along time: use your t_msa there. Yours attends along space twice.", space_twice),
         ("LN is missing before the attention: eq. (3) and (4) have MSA(LN(z)).", varied(norm_1=False)),
         ("The residual is missing: eq. (3) is z + ..., eq. (4) is z^T + ...", varied(residual=False)),
         ("The adapters after T-MSA and S-MSA are missing.", varied(adapters=False)),
         (
             "s is missing: eq. (5) has s times the adapter's output.",
             varied(lambda z, b, joint, s: z + b.mlp(b.ln_2(z)) + joint(b.ln_2(z))),
+        ),
+        (
+            "s is fixed at 0.5 in yours; it is an argument.",
+            lambda z, block, temporal, spatial, joint, s=0.5: eq345(z, block, temporal, spatial, joint),
         ),
         (
             "s multiplies the MLP as well; it belongs to the adapter alone.",
@@ -282,7 +298,14 @@ def other_way_round(y, kept, i, layers, last):
 def drop_path(definition):
     """stochastic depth and its rates"""
     kept, y = torch.tensor([True, False, True]), torch.randn(3, 2, 5, 8)
-    outputs = [definition(y, kept, i, 7, 0.3) for i in (2, 6, 1)]
+    try:
+        outputs = [definition(y, kept, i, 7, 0.3) for i in (2, 6, 1)]
+    except RuntimeError as error:
+        if "must match the size" not in str(error):
+            raise
+        raise MistakeError(
+            "`kept` has one value per clip; give it y's dimensions: kept[:, None, None, None]."
+        ) from None
     try:
         single = definition(y, kept, 0, 1, 0.3)
     except ZeroDivisionError:

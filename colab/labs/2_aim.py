@@ -13,8 +13,8 @@
 #
 # **What you need.** Lab 1: its ten toy classes, tokens, attention, and the linear probe.
 #
-# **How to work.** Run the cells in order. Write down each **guess** before you run the experiment. After each of the four **exercises** the
-# notebook shows the project's own definition, and uses that one from there on: edit it, and what follows changes.
+# **How to work.** Run the cells in order. Write down each **guess** before you run the experiment. There are four **exercises**, each with a check and a
+# folded solution. Where the notebook then shows the file's own definition, it uses that one from there on: edit it, and what follows changes.
 
 # %%
 import copy
@@ -172,7 +172,7 @@ reach = {
     "T-MSA": changed(lambda z: t_msa(z, attn)),
     "T-MSA, then S-MSA": changed(lambda z: attn(t_msa(z, attn))),
 }
-counts = ", ".join(f"{name} {pattern.sum():.0f}" for name, pattern in reach.items())
+counts = "; ".join(f"{name}: {pattern.sum():.0f}" for name, pattern in reach.items())
 draw.matrices(
     reach,
     f"Figure 2. Outputs that change (dark) if patch 5 of frame 2 changes, of 40. {counts}.",
@@ -271,7 +271,7 @@ draw.bars(
 #
 # **Stochastic depth** leaves out a branch of a block in training, for each clip with a probability, the *rate*. Where it is kept, it is
 # divided by 1 - rate, so that its mean stays the same. The rate rises linearly from 0 in the first block to 0.2 in the
-# last. AIM does this to (3) and to the adapter of (5).
+# last. AIM does this to the temporal branch of (3) and to the adapter of (5) (released code).
 #
 # **Exercise 4.** Write it. `layers` may be 1: then the rate is 0.
 
@@ -297,6 +297,18 @@ def drop_path(y, kept, i, layers, last):
     rate = last * i / max(layers - 1, 1)
     return y * kept[:, None, None, None] / (1 - rate)
 
+
+# %%
+branch, means = torch.ones(20_000, 1, 1, 1), {}  # one number per clip
+for i in (0, 5, 11):
+    kept = torch.rand(len(branch)) >= 0.2 * i / 11
+    y = drop_path(branch, kept, i, 12, 0.2)
+    means[i] = y.mean().item()
+    print(
+        f"block {i + 1:2}: {100 * (y == 0).float().mean():4.1f} % of the clips drop the branch of ones,",
+        end=" ",
+    )
+    print(f"the others have {y.max():.2f}; the mean is {means[i]:.2f}")
 
 # %% [markdown]
 # The last definition is the model. Not in the paper, but in the released code: a learned vector per frame (`temporal_embedding`), and that
@@ -342,10 +354,10 @@ draw.bars(
 # ## 5. Training
 #
 # A plain loop, with the settings of the project's toy recipe. While it trains, we measure after each block how far the tokens
-# are from the image model's.
+# z of a sample are from the image model's, z': the norm of z - z' in percent of the norm of z'.
 
 # %%
-TRAIN = [] if FAST else ["AIM"]  # the rows of table 1 to train here; the others are loaded
+TRAIN = [] if FAST else ["AIM"]  # rows of table 1 to train here, a minute each; others are loaded
 clips = dict(train=96, test=120) if FAST else dict(train=None, test=None)  # None: all there are
 videos, labels, _ = lab.load("train", range(1, 16, 2), clips["train"], fast=FAST)
 test_videos, test_labels, _ = lab.load("test", range(1, 16, 2), clips["test"], fast=FAST)
@@ -440,7 +452,8 @@ draw.lines(
 # ## 6. Table 1 in small
 #
 # The rows are those of the paper, and one more, a **control**: spatial adaptation with the temporal embedding. It knows each frame's time, and no frame sees another (lab 1). `TRAIN` says
-# which rows are trained here; the others come from checkpoints of the same recipe.
+# which rows are trained here; the others come from checkpoints of the same recipe. After an edit, add to it the rows that you want to see
+# change, and run from the cell of `TRAIN` on.
 #
 # **Guess.** Top-1 of each row, for the monotone classes and for the jumping ones.
 
@@ -465,7 +478,7 @@ def row(name):
             common.load_tuned(made, read(path)["state"], path.name)
             return made.eval()
     except (ValueError, OSError) as reason:  # if you have edited a class, it may not fit
-        print(f"{name!r} is trained here: {reason}")
+        print(f"{name!r} is trained here: {str(reason).split(',')[0]}")
     fit(made, len(videos), aim.TOY["epochs"])
     return made.eval()
 
@@ -706,6 +719,7 @@ check.progress()
 # %%
 # TEST
 assert gradients[0][0] == 0 and min(gradients[0][1], gradients[1][0]) > 0
+assert all(abs(mean - 1) < 0.03 for mean in means.values()), means
 assert [int(pattern.sum()) for pattern in reach.values()] == [10, 4, 40]
 paper_skips, *other_skips = at_start.values()
 assert paper_skips < 1e-3 and min(other_skips) > 10, at_start
