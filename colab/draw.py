@@ -184,3 +184,63 @@ def lines(panels, caption, xlabel, ylabel, log=False, width=8.0, height=3.2, mar
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     finish(fig, caption)
+
+
+def sheets(panels, caption, width=8.0, height=2.4, label="frame t"):
+    """Grids of tokens drawn one behind the other, as the frames of a clip. panels: {title: shades (T, h, w) from 0 to 1}
+
+    Frame 1 is in front. A token with shade 0 is white, one with shade 1 is black.
+    """
+    fig, axes = new(width, height, len(panels))
+    for ax, (title, shades) in zip(axes, panels.items()):
+        T, h, w = np.shape(shades)
+        for t in reversed(range(T)):
+            left, up = 0.62 * t * w, 0.42 * t * h
+            for i, j in np.ndindex(h, w):
+                color, place = str(1 - 0.9 * float(shades[t][i][j])), (left + j, up + h - 1 - i)
+                ax.add_patch(Rectangle(place, 1, 1, facecolor=color, ec="0.3", lw=0.8, zorder=T - t))
+            ax.text(left + w + 0.1, up + 0.05, t + 1, fontsize=8, va="bottom", zorder=T + 1)
+        ax.set_xlim(-0.1, (0.62 * (T - 1) + 1) * w + 0.6)
+        ax.set_ylim(-0.1, (0.42 * (T - 1) + 1) * h + 0.1)
+        ax.set_aspect("equal")
+        ax.set_title(title)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+    axes[0].set_xlabel(f"numbers: {label}", loc="left", fontsize=8)
+    finish(fig, caption)
+
+
+def over_time(frames, place, weights, caption, marked=None, size=16, width=8.0, ylabel="", digits=0):
+    """One patch through a clip: a film strip with the patch framed, and below each frame a number for every row.
+
+    frames: uint8 (T, H, W, 3). place: row and column of the patch. weights: {row: (T,)}, dark is much. marked: bool (T,),
+    the frames that get a thick frame, for example those in which the shape stands on the patch.
+    """
+    image, x, _ = film([frames])
+    table, (H, W) = np.array(list(weights.values())), frames.shape[1:3]
+    fig, (ax,) = new(width, width * (image.shape[0] + 0.42 * H * len(table)) / image.shape[1] + 0.5)
+    ax.imshow(image, extent=(0, image.shape[1], H, 0))
+    for t, (centre, mark) in enumerate(zip(x, marked if marked is not None else [False] * len(x))):
+        corner = centre - W / 2 + place[1] * size, place[0] * size
+        for color, thick in (("black", 3.2), ("white", 1.4)):
+            ax.add_patch(Rectangle(corner, size, size, fill=False, ec=color, lw=thick))
+        for k, value in enumerate(table[:, t]):
+            top = H * (1.08 + 0.42 * k)
+            shade = value / table.max()
+            ax.add_patch(Rectangle((centre - W / 2, top), W, 0.38 * H, facecolor=str(1 - 0.85 * shade), lw=0))
+            text = dict(ha="center", va="center", fontsize=8, color="w" if shade > 0.55 else "k")
+            ax.text(centre, top + 0.2 * H, f"{value:.{digits}f}", **text)
+        if mark:
+            box = (centre - W / 2 - 1, H * 1.06), W + 2, 0.42 * H * len(table)
+            ax.add_patch(Rectangle(*box, fill=False, ec="black", lw=1.8))
+    ax.set_ylim(H * (1.1 + 0.42 * len(table)), 0)
+    ax.set_xlim(-2, image.shape[1] + 2)
+    ax.set_xticks(x, range(1, len(x) + 1))
+    ax.set_yticks([H * (1.27 + 0.42 * k) for k in range(len(table))], list(weights))
+    ax.xaxis.set_label_position("top")
+    ax.set_xlabel("frame t")
+    ax.set_ylabel(ylabel)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    finish(fig, caption, photo=True)

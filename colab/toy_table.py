@@ -1,7 +1,8 @@
 """What each method learns of the toy videos, beside its controls, and AIM's table 1 in small.
 
     python colab/toy_table.py                  trains what is missing in runs/toy-table and prints the README's tables
-    python colab/toy_table.py --checkpoints    trains the four methods, writes colab/checkpoints/METHOD.pt for the labs
+    python colab/toy_table.py --checkpoints    trains the four methods, and rows of that table 1, and writes them as
+                                               colab/checkpoints/METHOD.pt and aim_ROW.pt, which the labs load
 
 All figures are top-1 in percent on the test split, which nothing was tuned on, over ten classes.
 """
@@ -81,6 +82,10 @@ def main():
         for method in METHODS.values():
             folder = trained(args.runs / f"{method}-0", f"--method {method}", 0, args.data_root)
             write_small(folder / "checkpoint.pt", HERE / "checkpoints" / f"{method}.pt")
+        for name, flags in ABLATION.values():
+            if name in ("linear_probe", "spatial", "control", "temporal"):
+                folder = trained(args.runs / f"{name}-0", flags, 0, args.data_root)
+                write_small(folder / "checkpoint.pt", HERE / "checkpoints" / f"aim_{name}.pt")
         return
     splits = find_clips("toy", args.data_root)
     heads = ["", "tuned", *(f"{name}, {group}" for name in [*ORDERS, "random backbone"] for group in splits.groups)]

@@ -343,3 +343,46 @@ def test_fast_clips_are_those_on_disk_but_for_compression():
     assert [x[:2] for x in order[0]] == [x[:2] for x in order[1]]
     a, b = (videos[[x[2] for x in rows]].float() for (videos, _, _), rows in zip((disk, fast), order))
     assert (a - b).abs().mean() < 6
+
+
+def test_lab_2_sees_what_is_wrong_with_an_adapter_before_it_is_called():
+    from colab.checks import lab2
+
+    class Random(lab2.aim.Adapter):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            torch.nn.init.normal_(self.fc2.weight)
+
+    class AllZero(lab2.aim.Adapter):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            torch.nn.init.zeros_(self.fc1.weight)
+
+    class Wide(lab2.aim.Adapter):
+        def __init__(self, width, ratio=0.25, skip=False):
+            super().__init__(width, 1.0, skip)
+
+    class OtherNames(torch.nn.Module):
+        def __init__(self, width, ratio=0.25, skip=False):
+            super().__init__()
+            self.down, self.up = torch.nn.Linear(width, 2), torch.nn.Linear(2, width)
+
+    for wrong, sentence in {
+        Random: "fc2 does not start at zero",
+        AllZero: "fc1 starts at zero too",
+        Wide: "width 8 and ratio 0.25 make 2 numbers in the middle",
+        OtherNames: "is missing",
+        lambda width, ratio=0.25, skip=False: lambda x: x: "An adapter is an nn.Module",
+    }.items():
+        assert sentence in lab2.adapter.verdict(wrong)
+
+
+def test_lab_2_sees_a_division_by_zero_with_a_single_block_and_a_missing_dimension():
+    from colab.checks import lab2
+
+    def wrong(y, kept, i, layers, last):
+        return y * kept[:, None, None, None] / (1 - last * i / (layers - 1))
+
+    assert "With a single block" in lab2.drop_path.verdict(wrong)
+    assert "`kept` has one value per clip" in lab2.drop_path.verdict(lambda y, kept, i, layers, last: y * kept)
+    assert "It stops with" in lab2.drop_path.verdict(lambda y, kept, i, layers, last: 1 / 0)
