@@ -187,7 +187,7 @@ def lines(panels, caption, xlabel, ylabel, log=False, width=8.0, height=3.2, mar
 
 
 def sheets(panels, caption, width=8.0, height=2.4, label="frame t"):
-    """Grids of tokens drawn one behind the other, as the frames of a clip. panels: {title: shades (T, h, w) from 0 to 1}
+    """Grids of tokens, one behind the other, as the frames of a clip. panels: {title: shades (T, h, w) from 0 to 1}
 
     Frame 1 is in front. A token with shade 0 is white, one with shade 1 is black.
     """
@@ -214,8 +214,8 @@ def sheets(panels, caption, width=8.0, height=2.4, label="frame t"):
 def over_time(frames, place, weights, caption, marked=None, size=16, width=8.0, ylabel="", digits=0):
     """One patch through a clip: a film strip with the patch framed, and below each frame a number for every row.
 
-    frames: uint8 (T, H, W, 3). place: row and column of the patch. weights: {row: (T,)}, dark is much. marked: bool (T,),
-    the frames that get a thick frame, for example those in which the shape stands on the patch.
+    frames: uint8 (T, H, W, 3). place: row and column of the patch. weights: {row: (T,)}, dark is much. marked: bool
+    (T,), the frames that get a thick frame, for example those in which the shape stands on the patch.
     """
     image, x, _ = film([frames])
     table, (H, W) = np.array(list(weights.values())), frames.shape[1:3]
