@@ -65,6 +65,8 @@ def namespace(file, monkeypatch):
     monkeypatch.setenv("LABS_FAST", "1")
     monkeypatch.chdir(build.COLAB)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    module, exercises = checks(file)  # a notebook imports the checks of its own lab only
+    monkeypatch.setattr(check, "EXERCISES", {(module.__name__, e.name): e for e in exercises})
     for target in shown_targets(file):
         monkeypatch.setattr(*project_object(target))
     return {"__name__": "__main__"}
