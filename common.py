@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, red, green and blue, from 0 to 1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SHORT = 16  # of a few tokens, as along time, plain products attend faster than the kernels made for long sequences
 SHIPPED = Path(__file__).resolve().parent / "colab"  # has the shipped CLIP, as NAME.json and NAME.safetensors
 
 
@@ -57,7 +58,12 @@ class Attention(nn.Module):
         # would multiply its sequences one by one, and not as the rows of one matrix.
         qkv = F.linear(x.contiguous(), self.in_proj_weight, self.in_proj_bias).flatten(0, -3)  # (B or B T) x n x 3D
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # softmax(Q K^T / sqrt(d)) V, d = D / h
+        if x.shape[-2] <= SHORT and not self.causal:
+            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(
+                v.dtype
+            ) @ v  # softmax(Q K^T / sqrt(d)) V
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # the same without the n x n weights
         y = rearrange(y, "b h n d -> b n (h d)").view_as(x)
         return self.norm(self.out_proj(y))
 

@@ -446,6 +446,23 @@ def test_no_pickle_is_run(tmp_path):
     assert not made.exists()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_attention_of_a_few_tokens_is_that_of_many(monkeypatch, dtype, tolerance):
+    attn, results = common.Attention(64, 4).to(dtype), []
+    for p in attn.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    for short in (0, 16):
+        monkeypatch.setattr(common, "SHORT", short)
+        torch.manual_seed(0)
+        x = torch.randn(6, 8, 64).to(dtype).requires_grad_()
+        y = attn(x)
+        y.float().square().sum().backward()
+        results.append((y.float(), x.grad.float()))
+    for a, b in zip(*results):
+        assert not torch.equal(a, b), "both took the same way"
+        torch.testing.assert_close(a, b, atol=tolerance * b.abs().max().item(), rtol=0)
+
+
 def test_recomputing_gives_the_same_gradients_and_keeps_less():
     torch.manual_seed(0)
     video, kept, gradients = torch.randn(2, 4, 3, 32, 32), [], []
