@@ -46,9 +46,21 @@ def interleaved(x, offsets):
     return y
 
 
+def overwritten(x, offsets):
+    x, d = x.clone(), x.shape[-1] // len(offsets)
+    for i, dt in enumerate(offsets):
+        for t in range(x.shape[1]):
+            x[:, t, :, i * d : (i + 1) * d] = x[:, own(t, dt, x.shape[1]), :, i * d : (i + 1) * d]
+    return x
+
+
 @exercise(
     reference=relocated,
     mistakes=[
+        (
+            "You write into the tensor that you read: later frames get what is already moved. Copy it first.",
+            overwritten,
+        ),
         (
             "The sign is wrong: head i of frame t takes frame t + dt, you took frame t - dt.",
             lambda x, o: by_index(lambda t, dt, T: own(t, -dt, T))(x, o),
@@ -79,6 +91,13 @@ def interleaved(x, offsets):
 def relocate(definition):
     """keys and values from other frames"""
     return definition(torch.randn(4, 5, 7, 12), [-1, 2, 0, -3])
+
+
+def two(result, names):
+    """The outputs of a definition that must return two tensors"""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise MistakeError(f"Return two tensors: {names}.")
+    return [*result]
 
 
 def affine_of(W1, b1, W2, b2, s):
@@ -113,7 +132,8 @@ def changed(A=lambda A, *_: A, a=lambda a, *_: a):
 def affine(definition):
     """an adapter as a matrix and a vector"""
     D, k = 8, 3
-    return list(definition(torch.randn(k, D), torch.randn(k), torch.randn(D, k), torch.randn(D), 0.7))
+    W1, b1, W2, b2 = torch.randn(k, D), torch.randn(k), torch.randn(D, k), torch.randn(D)
+    return two(definition(W1, b1, W2, b2, 0.7), "A and a")
 
 
 def merged(W, b, A, a, after):
@@ -129,6 +149,10 @@ def merged(W, b, A, a, after):
         ("Both matrices are right, both vectors are only added: the second layer is applied to the vector of the first.", lambda W, b, A, a, after: (merged(W, b, A, a, after)[0], a + b)),
         ("Before the layer, a goes through W as x does: W a + b, not a + b.", lambda W, b, A, a, after: (merged(W, b, A, a, after)[0], A @ b + a if after else a + b)),
         ("After the layer, A is applied to b as well: A b + a, not a + b.", lambda W, b, A, a, after: (merged(W, b, A, a, after)[0], a + b if after else W @ a + b)),
+        (
+            "The bias changes too: it is A b + a after the layer, W a + b before it.",
+            lambda W, b, A, a, after: (merged(W, b, A, a, after)[0], b),
+        ),
         ("The bias of the layer is not what it was: the adapter's vector a is missing.", lambda W, b, A, a, after: (merged(W, b, A, a, after)[0], A @ b if after else b)),
         ("A is transposed: with matrices that act on columns no transpose is needed.", lambda W, b, A, a, after: merged(W, b, A.T, a, after)),
     ],
@@ -136,7 +160,8 @@ def merged(W, b, A, a, after):
 def merge(definition):
     """adapter and frozen layer as one layer"""
     W, b, A, a = torch.randn(8, 8), torch.randn(8), torch.randn(8, 8), torch.randn(8)
-    return [*definition(W, b, A, a, after=False), *definition(W, b, A, a, after=True)]
+    both = [two(definition(W, b, A, a, after), "W_new and b_new") for after in (False, True)]
+    return [*both[0], *both[1]]
 
 
 def reach(offsets, blocks=4, T=8):

@@ -24,6 +24,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+import aim
 import common
 import train
 from colab import draw, lab, tables
@@ -172,7 +173,6 @@ draw.matrices(
 
 # %% [markdown]
 # The band is wider on the right, because only one of the three heads looks back. Late frames never learn about the first ones.
-# The classifier, however, takes the mean over all frames.
 #
 # ## 4. An adapter that is a matrix
 #
@@ -244,7 +244,7 @@ def merge(W, b, A, a, after):
 # %% [markdown]
 # `fc2` starts at zero, hence A = I at first: training starts from the frozen image model with relocated heads.
 #
-# The paper compares adapters of other kinds (table 2). The one with a GELU is AIM's. LoRA is an update beside the frozen layer. All
+# The paper compares adapters of other kinds (table 2). The one with a GELU is like AIM's. LoRA is an update beside the frozen layer. All
 # but the GELU adapter can merge.
 
 # %%
@@ -289,24 +289,27 @@ def build_model(temporal="heads", offsets=OFFSETS):
 
 
 with torch.device("meta"):  # ViT-B/16 at 8 frames, shapes only
-    video, B16 = torch.empty(1, 8, 3, 224, 224), {}
-    for name, kind in (("plain ViT", None), ("in training", "linear"), ("merged", "linear")):
-        b16 = common.ViT(**common.B16)
-        b16 = ZeroI2V(b16, 400, kind=kind) if kind else common.SpaceOnly(b16, 400)
-        b16 = b16.merge() if name == "merged" else b16
+    big = {
+        "plain ViT": common.SpaceOnly(common.ViT(), 400),
+        "ZeroI2V in training": ZeroI2V(common.ViT(), 400),
+        "ZeroI2V merged": ZeroI2V(common.ViT(), 400).merge(),
+        "AIM (lab 2)": aim.AIM(common.ViT(), 400),
+    }
+    size = {}
+    for name, b16 in big.items():
         weights = sum(p.numel() for p in b16.parameters()) - 400 * 769  # without the classifier
-        B16[name] = weights / 1e6, tables.gflops(b16, video)
+        size[name] = weights / 1e6, 3 * tables.gflops(b16, torch.empty(1, 8, 3, 224, 224))
         print(
-            f"{name:12} {B16[name][0]:6.1f} M parameters, {3 * B16[name][1]:5.0f} GFLOPs for 3 views"
+            f"{name:20} {size[name][0]:6.1f} M parameters, {size[name][1]:4.0f} GFLOPs for 3 views"
         )
 
 # %% [markdown]
-# The paper prints 86 M and 422 GFLOPs for the merged model (table 3), and the same for the plain ViT. STDHA is in
-# all rows but the first. Only the adapters cost something, and only until they are merged.
+# The papers print 86 M and 422 GFLOPs for the merged model and for the plain ViT (table 3), 97 M and 606 GFLOPs for AIM. STDHA costs
+# nothing, and the adapters only until they are merged.
 #
 # ## 6. Train it
 #
-# **Guess.** Chance is 10 %, and no model that ignores order exceeds 50 %. What does ZeroI2V reach after four passes over 3,000 clips, for the
+# **Guess.** Chance is 10 %, and no model that ignores order exceeds 50 %. What does ZeroI2V reach after three passes over 3,000 clips, for the
 # monotone motions, and for the jumping ones, which need frames that are compared (lab 1)?
 
 
@@ -356,7 +359,7 @@ def tokens(model, videos):
 def by_motion(logits):
     right = 100 * (logits.argmax(-1) == labels).float()
     groups = {"all": labels >= 0, "monotone": ~jumping, "jumping": jumping}
-    return {name: right[chosen].mean().item() for name, chosen in groups.items()}
+    return {name: round(right[chosen].mean().item(), 2) for name, chosen in groups.items()}
 
 
 clips = dict(train=60, val=120) if FAST else dict(train=None, val=None)  # None: all there are
@@ -366,20 +369,25 @@ jumping = torch.tensor(["rests" in lab.CLASSES[label] for label in labels])
 print("training", tuple(train_videos.shape), "validation", tuple(videos.shape))
 
 # %%
-TRAIN = not FAST  # False: load what was trained for eight epochs, twice as long
-model = build_model()
-start = time.time()
+TRAIN = not FAST  # False: no training, only the shipped model
+GO_ON_WITH_MINE = False  # True: the sections below use the model that is trained here
+shipped, _ = train.load_model(project / "colab" / "checkpoints" / "zeroi2v.pt")
+model, trained = build_model(), {}
 if TRAIN:
-    losses = fit(model, train_videos, train_labels, epochs=4)
-    print(f"the last 50 steps have a mean loss of {sum(losses[-50:]) / 50:.2f}")
-else:
-    shipped, _ = train.load_model(project / "colab" / "checkpoints" / "zeroi2v.pt")
+    start = time.time()
+    fit(model, train_videos, train_labels, epochs=3)
+    trained = by_motion(predict(model, videos))
+    print(f"three passes, {time.time() - start:.0f} s, right in percent:", trained)
+if not (TRAIN and GO_ON_WITH_MINE):
     common.load_tuned(model, common.tuned_state(shipped), "that was shipped")
-    model.eval().requires_grad_(False)
+model.eval().requires_grad_(False)
 logits = predict(model, videos)
-print(f"{time.time() - start:.0f} s; right in percent:", by_motion(logits))
+print("the model of the sections below, right in percent:", by_motion(logits))
 
 # %% [markdown]
+# The shipped model was trained as yours, but with eight passes; jumping is learned late. The paper has 67.7 % on Something-Something v2, where order matters, and a fine-tuned
+# plain ViT 44.0 %; on Kinetics-400 the two have 83.0 and 81.0 % (table 5).
+#
 # ## 7. What do the moved heads carry?
 #
 # **Guess.** Put all heads of the trained model back to Δt = 0, without any training. What is left? And what is lost if only one of the
@@ -539,7 +547,7 @@ print(f"folded in bfloat16: {half:.2f} % of all; predictions that the merge chan
 
 # %% [markdown]
 # Both rows are equal to the digit. Products in float32 would have been good enough here: what is left is the rounding of the forward
-# pass itself. In bfloat16, A = I + (something small) loses what is small.
+# pass itself. bfloat16 keeps eight significant bits, and its errors grow from block to block, although few predictions change.
 #
 # Is it also as fast? We time ViTs as wide as B/16, with fewer blocks and two frames, and take the fastest of several runs.
 #
@@ -574,15 +582,15 @@ draw.bars(
 )
 
 # %% [markdown]
-# On a GPU each small adapter also has a fixed cost for its start, which FLOPs do not show.
-# The relocation is free in FLOPs, not in time: keys and values are copied once.
+# Compare your bars with the GFLOPs of section 5. On a GPU each small adapter also has a fixed cost for its start, which FLOPs do not
+# show. The relocation copies keys and values: no FLOPs, and in the paper 28.9 instead of 28.7 ms.
 #
 # ## 9. Which free operator is best?
 #
 # Table 1(a) compares the operators on Something-Something v2. Ours is small: four classes (right, left, down, up), three passes,
 # and a temporal embedding that stays zero, so that *only the operator* can tell the order.
 #
-# **Guess.** Rank heads, channels, [class] shift and none. Two of the four classes always share their frames; what can "none" reach at best?
+# **Guess.** Rank heads, channels, [class] shift and none. Right and left have the same frames, and so have down and up: what can "none" reach at best?
 
 # %%
 moves = torch.tensor([lab.CLASSES.index(f"moves {way}") for way in ("right", "left", "down", "up")])
@@ -616,10 +624,10 @@ draw.bars(
 )
 
 # %% [markdown]
-# "none" sees no order at all: reversed clips have the same logits up to rounding. At most 50 % is possible for it. The others do see order. But
-# our ranking is not the paper's. There heads win, by 1.4 points over channels. Compare what differs before you explain it: three heads
+# "none" sees no order at all: reversed clips have the same logits up to rounding. At most 50 % is possible for it. The others do see order. An
+# operator at 25 % has learned nothing yet. And in our run the ranking is not the paper's: there heads win, by 1.4 points over channels. Much differs: three heads
 # here and 12 there, all channels moved and a sixth of them, a few hundred steps and 50 epochs, one random seed. A short run says which operator learns *faster*,
-# not which is better at last. The toy recipe trains STDHA longer on all ten classes, and the shipped model reaches far more. An ablation is valid for its setting.
+# not which is better in the end. The shipped STDHA model of section 6 has no trouble with these motions. An ablation is valid for its setting.
 #
 # ## 10. Your own offsets
 #
@@ -677,7 +685,7 @@ draw.matrices(
 )
 
 # %% [markdown]
-# Two runs with one seed cannot separate a few percent; repeat `short_run` with another `manual_seed` before you believe a difference. The
+# Two runs with one seed cannot separate a few percent; change the seed in `short_run` before you believe a difference. The
 # reach says what *can* be computed, not what is learned.
 #
 # ## 11. What to take along
@@ -703,14 +711,16 @@ assert source.tolist() == [
 for blocks, pairs in enumerate(seen.values(), 1):
     assert torch.equal(pairs, check.reach(OFFSETS, blocks)), blocks
 assert bend["LinearAdapter"] < 1e-4 and bend["GELUAdapter"] > 0.05, bend
-assert abs(3 * B16["merged"][1] - 422) < 1 and B16["merged"][1] == B16["plain ViT"][1]
-assert abs(B16["merged"][0] - B16["plain ViT"][0]) < 0.01 and B16["in training"][1] > 150
-assert own["all"] > 70 and own["monotone"] > 80, own
+assert abs(size["ZeroI2V merged"][1] - 422) < 1
+assert size["ZeroI2V merged"][1] == size["plain ViT"][1] < size["ZeroI2V in training"][1] - 50
+assert abs(size["ZeroI2V merged"][0] - size["plain ViT"][0]) < 0.01
+assert own["all"] > 80 and own["monotone"] > 85, own
+assert FAST or trained["monotone"] > 70, trained
 assert put_back["all back"]["monotone"] < own["monotone"] - 20, put_back
 assert merge_gap < 1e-3 and own == theirs, (merge_gap, own, theirs)
 assert gaps["float64"][-1] < 1e-3 and gaps["bfloat16"][-1] > 10 * gaps["float64"][-1], gaps
 assert all(v[24:].max() < 1e-6 < v[23] for v in values.values())
-assert operators["none"][1] < 1e-3 and operators["none"][0] <= 51
-assert all(operators[name][1] > 2e-3 for name in ("heads", "channels", "class")), operators
+assert operators["none"][1] < 5e-5 and operators["none"][0] <= 51
+assert all(operators[name][1] > 5e-4 for name in ("heads", "channels", "class")), operators
 assert FAST or operators["heads"][0] > operators["none"][0] + 20, operators
 assert check.reach(mine).sum() > check.reach(OFFSETS).sum()
