@@ -101,7 +101,7 @@ def two(result, names):
 
 
 def affine_of(W1, b1, W2, b2, s):
-    return torch.eye(len(W2), dtype=W2.dtype) + s * W2 @ W1, s * (W2 @ b1 + b2)
+    return torch.eye(len(W2), dtype=W2.dtype, device=W2.device) + s * W2 @ W1, s * (W2 @ b1 + b2)
 
 
 def changed(A=lambda A, *_: A, a=lambda a, *_: a):
