@@ -388,3 +388,46 @@ def test_lab_2_sees_a_division_by_zero_with_a_single_block_and_a_missing_dimensi
     assert "With a single block" in lab2.drop_path.verdict(wrong)
     assert "`kept` has one value per clip" in lab2.drop_path.verdict(lambda y, kept, i, layers, last: y * kept)
     assert "It stops with" in lab2.drop_path.verdict(lambda y, kept, i, layers, last: 1 / 0)
+
+
+def test_lab_4_names_the_mistakes_of_students():
+    from colab.checks import lab4
+
+    def roll(x, offsets):  # a circle, and the wrong direction of it
+        heads = x.chunk(len(offsets), dim=-1)
+        return torch.cat([head.roll(-dt, 1) for head, dt in zip(heads, offsets)], dim=-1)
+
+    def nearest(x, offsets):
+        heads, t = x.chunk(len(offsets), dim=-1), torch.arange(x.shape[1])
+        return torch.cat([h[:, (t + dt).clamp(0, len(t) - 1)] for h, dt in zip(heads, offsets)], dim=-1)
+
+    def backwards(x, offsets):
+        return lab4.relocated(x, [-dt for dt in offsets])
+
+    def no_identity(W1, b1, W2, b2, s):
+        return s * (W2 @ W1), s * (W2 @ b1 + b2)
+
+    def half_a_bias(W1, b1, W2, b2, s):
+        return torch.eye(8) + s * (W2 @ W1), s * b2
+
+    def swapped(W, b, A, a, after):
+        return (W @ A, W @ a + b) if after else (A @ W, A @ b + a)
+
+    def added_biases(W, b, A, a, after):
+        return (A @ W if after else W @ A), a + b
+
+    answers = {
+        "The clip is not a circle": (lab4.relocate, roll),
+        "you took the nearest frame": (lab4.relocate, nearest),
+        "The sign is wrong": (lab4.relocate, backwards),
+        "The identity is missing in A": (lab4.affine, no_identity),
+        "b_down is missing in a": (lab4.affine, half_a_bias),
+        "It stops with RuntimeError": (lab4.affine, lambda W1, b1, W2, b2, s: (torch.eye(8) + W1 @ W2, b2)),
+        "The merge is on the wrong side": (lab4.merge, swapped),
+        "both vectors are only added": (lab4.merge, added_biases),
+        "These are the default's offsets": (lab4.choose_offsets, lambda: [2, -1, 1]),
+        "the budget is 6": (lab4.choose_offsets, lambda: [-4, 1, 4]),
+        "and you gave 4 offsets": (lab4.choose_offsets, lambda: [-1, 0, 1, 2]),
+    }
+    for sentence, (exercise, answer) in answers.items():
+        assert sentence.lower() in exercise.verdict(answer).lower()
