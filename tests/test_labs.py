@@ -467,6 +467,8 @@ def test_lab_5_names_the_mistakes_of_students():
     answers = {
         "each step ends with the block that is read": (lab5.layers_read, from_zero),
         "layers_read(12, 4, 'interval') gives 3 blocks; it should give 4": (lab5.layers_read, wrong_step),
+        "You read the first block of each step, whatever": (lab5.layers_read, lambda n, k, _: range(0, n, n // k)),
+        "`known` does not always have the width 320": (lab5.predict_mib, lambda width, known: known[320] * width / 320),
         "Return a list of block numbers": (lab5.layers_read, lambda layers, side_layers, fusion: layers // side_layers),
         "The clip is not a circle": (lab5.cls_shift, roll),
         "The two halves are exchanged": (lab5.cls_shift, past_first),

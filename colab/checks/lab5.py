@@ -23,6 +23,10 @@ def changed_blocks(interval=interval_or_top, top=interval_or_top):
             "For interval, each step ends with the block that is read; you read the first block of each step.",
             changed_blocks(interval=lambda n, k, _: list(range(0, n, n // k))),
         ),
+        (
+            "You read the first block of each step, whatever `fusion` is: interval reads the last one, top the last blocks.",
+            lambda n, k, _: list(range(0, n, n // k)),
+        ),
         ("Blocks are numbered from 0 here; you numbered them from 1.", lambda *a: [i + 1 for i in interval_or_top(*a)]),
         (
             "For top, the last `side_layers` blocks are read; you took the first ones.",
@@ -182,4 +186,7 @@ def on_a_line(width, known):
 )  # fmt: skip
 def predict_mib(definition):
     """what a side network of another width keeps"""
-    return [definition(64, {192: 171.0, 320: 265.0}), definition(512, {100: 90.0, 130: 105.5})]
+    try:
+        return [definition(64, {192: 171.0, 320: 265.0}), definition(512, {100: 90.0, 130: 105.5})]
+    except KeyError as error:
+        raise MistakeError(f"`known` does not always have the width {error}: it may hold any two.") from error
