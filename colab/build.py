@@ -21,6 +21,7 @@ be one of these directives:
                                            the student's definition if it is right, and with the project's own if not.
     # SOLUTION                             one function or class with the name of the stub; folded, and it changes
                                            nothing when it is run. Tests put it in the place of the stub.
+    # PICTURE four_methods.png             this cell's picture is also written to colab/four_methods.png, for README
     # TEST                                 the lab's claims as asserts on its own variables; not part of the notebook.
 
 The checks of lab N are colab/checks/labN.py (see colab/check.py), which its import cell imports as `check`. Pictures
@@ -32,6 +33,7 @@ paper's figure beside the measured one, and an open question at its end.
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -102,6 +104,10 @@ def make(file, repo="", student=False, tests=False, folder=COLAB):
             decorator = "@check.solution  # delete this line to use the solution in place of your own\n"
             code = re.sub(r"^(?=def |class )", decorator, code, count=1, flags=re.M)
             cells += [] if student else [cell("code", form("Solution", code), "solution", folded=True)]
+        elif directive.startswith("# PICTURE "):
+            known |= global_names(code)
+            cells.append(cell("code", code))
+            cells[-1]["metadata"]["picture"] = directive.removeprefix("# PICTURE ")
         elif directive == "# TEST":
             cells += [cell("code", code, "test")] if tests else []
         else:
@@ -170,6 +176,16 @@ def write(notebook, path, seconds):
     print(f"{path}: {counts}, {len(text) >> 10} KB, {seconds:.0f} s")
 
 
+def pictures_of(notebook):
+    """{file name: PNG} of the cells that a # PICTURE line marks"""
+    pictures = {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []) if "picture" in cell["metadata"] else []:
+            if "image/png" in output.get("data", {}):
+                pictures[cell["metadata"]["picture"]] = base64.b64decode("".join(output["data"]["image/png"]))
+    return pictures
+
+
 def badge(repo, path):
     url = f"https://colab.research.google.com/github/{repo}/blob/main/{path}"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
@@ -199,6 +215,8 @@ def main(argv=None):
                 keep_outputs(notebook, path)
             elif not args.student:
                 run(notebook)
+                for name, picture in pictures_of(notebook).items():
+                    (folder / name).write_bytes(picture)
             write(notebook, path, time.time() - start)
         if args.repo and not args.student:
             badges(args.repo)

@@ -186,6 +186,32 @@ def lines(panels, caption, xlabel, ylabel, log=False, width=8.0, height=3.2, mar
     finish(fig, caption)
 
 
+def scatters(panels, caption, ylabel, ylim=None, lines=None, width=9.0, height=2.6):
+    """Points in panels with one scale of y. panels: {xlabel: {name: (x, y)}}; a name has one marker everywhere.
+
+    The markers become smaller from name to name, so that points at the same place are all seen. lines: {label: y},
+    drawn as dashed lines across.
+    """
+    fig, axes = new(width, height, len(panels), sharey=True)
+    names = list(dict.fromkeys(name for points in panels.values() for name in points))
+    for ax, (xlabel, points) in zip(axes, panels.items()):
+        for name, (x, y) in points.items():
+            k = names.index(name)
+            marker, shade = MARKERS[k % len(MARKERS)], GREYS[k % len(GREYS)]
+            ax.plot(x, y, marker, ms=max(11 - 1.4 * k, 5), color=shade, mec="black", label=name, clip_on=False)
+        for k, (label, value) in enumerate((lines or {}).items()):
+            ax.axhline(value, color="black", lw=1, ls=DASHES[k + 1], label=label, zorder=1)
+        ax.set_xlim(0, 1.15 * max(x for x, _ in points.values()))
+        ax.set_xlabel(xlabel)
+        ax.grid(color="0.92")
+        ax.set_axisbelow(True)
+    axes[0].set_ylim(ylim)
+    axes[0].set_ylabel(ylabel)
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside upper center", ncols=len(handles))
+    finish(fig, caption)
+
+
 def sheets(panels, caption, width=8.0, height=2.4, label="frame t"):
     """Grids of tokens, one behind the other, as the frames of a clip. panels: {title: shades (T, h, w) from 0 to 1}
 

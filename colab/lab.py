@@ -1,9 +1,12 @@
 """What the labs share besides pictures and checks: toy clips in memory, where a shape is, attention weights."""
 
+import base64
 import logging
 import os
+import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +114,65 @@ def attention_weights(model):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def online(host="huggingface.co", seconds=4):
+    """Whether a connection to `host` can be opened. It takes `seconds` at most, however slow the name is looked up."""
+    found = []
+
+    def connect():
+        with suppress(OSError), socket.create_connection((host, 443), seconds):
+            found.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(found)
+
+
+def film(name, numbers, split, folder):
+    """Writes toy clips of a class as video files, as if each had been filmed -> their paths"""
+    folder = Path(folder, split, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:04d}.mp4" for number in numbers]
+    for number, path in zip(numbers, paths):
+        toy.write_video(path, scene(name, number, split)[0])
+    return paths
+
+
+def upload():
+    """In Colab, asks for files -> their paths"""
+    from google.colab import files
+
+    return [Path(name) for name in files.upload()]
+
+
+def record(path, seconds=4):
+    """In Colab, films with the browser's camera after a click -> path"""
+    from google.colab import output
+
+    path = Path(path)
+    path.write_bytes(base64.b64decode(output.eval_js(CAMERA % (1000 * seconds))))
+    return path
+
+
+CAMERA = """(async () => {
+  const button = document.createElement("button");
+  button.textContent = "film";
+  document.body.append(button);
+  await new Promise(click => (button.onclick = click));
+  const stream = await navigator.mediaDevices.getUserMedia({video: {width: 640, height: 480}});
+  const recorder = new MediaRecorder(stream), parts = [];
+  recorder.ondataavailable = event => parts.push(event.data);
+  const stopped = new Promise(stop => (recorder.onstop = stop));
+  recorder.start();
+  button.textContent = "filming";
+  setTimeout(() => recorder.stop(), %d);
+  await stopped;
+  stream.getTracks().forEach(track => track.stop());
+  button.remove();
+  const bytes = new Uint8Array(await new Blob(parts).arrayBuffer());
+  let text = "";
+  for (const byte of bytes) text += String.fromCharCode(byte);
+  return btoa(text);
+})()"""

@@ -1,5 +1,6 @@
 """The labs: notebooks that mirror the files, run as they are handed out, and checks that name a student's mistake."""
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -345,6 +346,90 @@ def test_fast_clips_are_those_on_disk_but_for_compression():
     assert [x[:2] for x in order[0]] == [x[:2] for x in order[1]]
     a, b = (videos[[x[2] for x in rows]].float() for (videos, _, _), rows in zip((disk, fast), order))
     assert (a - b).abs().mean() < 6
+
+
+def test_lab_6_names_the_mistakes_of_students():
+    from colab.checks import lab6
+
+    def loop(accuracy, costs):  # ties count as beaten
+        M = range(len(accuracy))
+        return torch.tensor(
+            [not any(accuracy[i] >= accuracy[j] and (costs[i] <= costs[j]).all() for i in M if i != j) for j in M]
+        )
+
+    def first_cost(accuracy, costs):
+        return lab6.unbeaten(accuracy, costs[:, :1])
+
+    def mean_cosine(images, texts, scale):
+        return (scale * F.cosine_similarity(texts[:, None], images[None], dim=-1).mean(1)).softmax(-1)
+
+    def wrong_dimension(images, texts, scale):
+        clip = F.normalize(F.normalize(images, dim=0).mean(0), dim=0)
+        return (scale * clip @ F.normalize(texts, dim=1).T).softmax(0)
+
+    answers = {
+        "count only those whose predicted class": (lab6.direction, lambda p, y, m: sum(p == y) / len(y)),
+        "That is the share of clips with the right pair": (
+            lab6.direction,
+            lambda p, y, m: sum((p == y) + (p == m[y])) / len(y),
+        ),
+        "It stops with IndexError": (lab6.direction, lambda p, y, m: m[p + 9]),
+        "You marked only the most accurate": (lab6.front, lambda a, c: a == max(a)),
+        "one of them is 0 and should be 1": (lab6.front, loop),
+        "the values are not": (lab6.front, first_cost),
+        "you return the numbers": (lab6.front, lambda a, c: lab6.unbeaten(a, c).nonzero()[:, 0]),
+        "the mean of the frames' vectors is shorter than 1": (lab6.zero_shot, mean_cosine),
+        "a frame's vector is a row": (lab6.zero_shot, wrong_dimension),
+        "`scale` is missing": (lab6.zero_shot, lambda x, y, s: lab6.names_of_clip(x, y, 1)),
+        "inside of each clip, dimension 1": (lab6.mirrors, lambda v, y: lab6.flipped(0)(v, y)),
+        "mirrored the picture": (lab6.mirrors, lambda v, y: lab6.flipped(4)(v, y)),
+        "clips and copies take turns": (
+            lab6.mirrors,
+            lambda v, y: (
+                torch.stack([v, v.flip(1)], 1).flatten(0, 1),
+                torch.stack([2 * y, 2 * y + 1], 1).flatten(),
+            ),
+        ),
+        "Return two things": (lab6.mirrors, lambda v, y: torch.cat([v, v.flip(1)])),
+    }
+    for sentence, (exercise, answer) in answers.items():
+        assert sentence.lower() in exercise.verdict(answer).lower(), (sentence, exercise.verdict(answer))
+
+
+def test_the_picture_of_the_four_methods_is_that_of_the_lab():
+    for file in build.lab_files():
+        for name, picture in build.pictures_of(committed(file)).items():
+            assert (build.COLAB / name).read_bytes() == picture, "run: python colab/build.py"
+            assert len(picture) < 150_000
+    assert (build.COLAB / "four_methods.png").is_file()
+
+
+def test_without_a_network_a_lab_knows_it_within_seconds(monkeypatch):
+    start = time.time()
+    assert not lab.online("no-such-host.invalid", seconds=2)
+    monkeypatch.setattr(lab.socket, "create_connection", lambda *_: time.sleep(60))  # a look-up that hangs
+    assert not lab.online(seconds=0.2)
+    assert time.time() - start < 5
+    monkeypatch.setattr(lab.socket, "create_connection", lambda *_: contextlib.nullcontext())
+    assert lab.online(seconds=2)
+
+
+def test_a_filmed_clip_is_the_scene(tmp_path):
+    from data import Video
+
+    (path,) = lab.film("grows", [2], "val", tmp_path)
+    frames = Video(path).read(range(toy.FRAMES))
+    assert abs(frames.astype(float) - lab.scene("grows", 2)[0]).mean() < 6
+
+
+def test_the_camera_of_the_browser_gives_a_file(tmp_path, monkeypatch):
+    asked, output = [], type(sys)("output")
+    output.eval_js = lambda code: asked.append(code) or "AAEC"
+    monkeypatch.setitem(sys.modules, "google", type(sys)("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", type(sys)("colab"))
+    sys.modules["google.colab"].output = output
+    path = lab.record(tmp_path / "own.webm", seconds=3)
+    assert path.read_bytes() == bytes([0, 1, 2]) and "3000" in asked[0] and "%" not in asked[0]
 
 
 def test_lab_2_sees_what_is_wrong_with_an_adapter_before_it_is_called():
