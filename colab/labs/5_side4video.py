@@ -747,7 +747,7 @@ print(f"width 0, by the same line: {predict_mib(0, known):.1f} MiB")
 
 # %% [markdown]
 # **Guess.** Is memory better used for more side blocks or for wider ones? Table 9(e, f) has 12 blocks of width 128 at 56.7 % with
-# 11.3 G, and 4 blocks of width 320 at 54.9 % with 8.4 G.
+# 11.3 G, and 6 of width 320 at 56.9 % with 11.0 G.
 
 # %%
 gib = lambda table: (list(table), [32 * mib / 1024 for mib in table.values()])  # noqa: E731
