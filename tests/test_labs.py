@@ -516,3 +516,59 @@ def test_lab_4_names_the_mistakes_of_students():
     }
     for sentence, (exercise, answer) in answers.items():
         assert sentence.lower() in exercise.verdict(answer).lower()
+
+
+def test_lab_5_names_the_mistakes_of_students():
+    from colab.checks import lab5
+
+    def from_zero(layers, side_layers, fusion):
+        return range(0, layers, layers // side_layers) if fusion == "interval" else range(layers - side_layers, layers)
+
+    def wrong_step(layers, side_layers, fusion):
+        return list(range(layers))[side_layers - 1 :: side_layers]
+
+    def roll(cls):
+        first, second = cls.chunk(2, dim=-1)
+        return torch.cat([first.roll(-1, 1), second.roll(1, 1)], dim=-1)
+
+    def past_first(cls):
+        first, second = F.pad(cls, (0, 0, 0, 0, 1, 1)).chunk(2, dim=-1)
+        return torch.cat([first[:, :-2], second[:, 2:]], dim=-1)
+
+    def in_place(cls):
+        half = cls.shape[-1] // 2
+        cls[:, :-1, :, :half] = cls[:, 1:, :, :half].clone()
+        return cls
+
+    def no_bias(s, weight, bias, c, h):
+        return rearrange(s @ weight[c], "b t (h w) -> b t h w", h=h)
+
+    def columns(s, weight, bias, c, h):
+        return rearrange(F.linear(s, weight, bias)[..., c], "b t (w h) -> b t h w", h=h)
+
+    def summed(s, weight, bias, c, h):
+        return no_bias(s, weight, bias, c, h) / (s.shape[1] * s.shape[2]) + bias[c] / (s.shape[1] * s.shape[2])
+
+    answers = {
+        "each step ends with the block that is read": (lab5.layers_read, from_zero),
+        "layers_read(12, 4, 'interval') gives 3 blocks; it should give 4": (lab5.layers_read, wrong_step),
+        "You read the first block of each step, whatever": (lab5.layers_read, lambda n, k, _: range(0, n, n // k)),
+        "`known` does not always have the width 320": (lab5.predict_mib, lambda width, known: known[320] * width / 320),
+        "Return a list of block numbers": (lab5.layers_read, lambda layers, side_layers, fusion: layers // side_layers),
+        "The clip is not a circle": (lab5.cls_shift, roll),
+        "The two halves are exchanged": (lab5.cls_shift, past_first),
+        "You write into the tensor that you read": (lab5.cls_shift, in_place),
+        "The bias is missing": (lab5.class_map, no_bias),
+        "you laid them out column by column": (lab5.class_map, columns),
+        "You divided by the number of places": (lab5.class_map, summed),
+        "That is in proportion to the width": (
+            lab5.predict_mib,
+            lambda width, known: width * min(known.values()) / min(known),
+        ),
+        "what is kept at any width is missing": (
+            lab5.predict_mib,
+            lambda width, known: width * (max(known.values()) - min(known.values())) / (max(known) - min(known)),
+        ),
+    }
+    for sentence, (exercise, answer) in answers.items():
+        assert sentence.lower() in exercise.verdict(answer).lower()
