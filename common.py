@@ -158,6 +158,8 @@ class TextTower(nn.Module):
     CLIP's own text feature is the vector of the [end] token, which has the highest id. What follows it changes nothing.
     """
 
+    tokenize = None  # a function of a list of texts -> ids (B, L), which `load_clip` sets
+
     def __init__(
         self, vocab_size=49408, context_length=77, width=512, layers=12, heads=8, output_dim=512, quick_gelu=False
     ):
@@ -364,9 +366,11 @@ def load_clip(name, pretrained="openai", image_size=None, text=False):
         raise ValueError(f"the text tower of {name} is not CLIP's")
     tower = TextTower(**config["text_cfg"], output_dim=config["embed_dim"], quick_gelu=quick_gelu)
     if pretrained is not None:
-        load_strict(
-            tower, {key: state[key].float() for key in tower.state_dict() if key in state}, f"{pretrained}, text"
-        )
+        text = {key: state[key].float() for key in tower.state_dict() if key in state}
+        load_strict(tower, text, f"{pretrained}, text")
+    if name == "ViT-Toy-16":
+        from colab.toy import tokenize
+    tower.tokenize = tokenize if name == "ViT-Toy-16" else open_clip.get_tokenizer(name, context_length=32)
     return vit, tower
 
 

@@ -262,7 +262,11 @@ class Clips(Sequence):
 
 @dataclass
 class Data:
-    """What `find_clips` found. A label is an index into `classes`."""
+    """What `find_clips` found. A label is an index into `classes`.
+
+    Of data for retrieval, it is the number of one of the video's captions: training has a clip for each pair of a video
+    and a caption, val and test have one for each video.
+    """
 
     train: Clips
     val: Clips
@@ -272,6 +276,8 @@ class Data:
     small: bool = False  # few and tiny videos, which can be kept in memory
     flip: dict | None = field(default_factory=dict)  # what a mirror image does to the labels, as in VideoDataset
     missing: tuple = ()  # one sentence for each split of which videos are missing
+    captions: dict = field(default_factory=dict)  # for retrieval: path -> the captions of this video
+    mirrors: dict = field(default_factory=dict)  # path -> that of the same video played backwards
 
 
 def find_clips(data, root="", val_data="", annotations="", fold=1, skip=""):
@@ -284,13 +290,16 @@ def find_clips(data, root="", val_data="", annotations="", fold=1, skip=""):
     fold: which of the three splits of UCF101 and HMDB51.
     skip: a file of videos to leave out, one `path` or `path: why` per line.
     """
-    classes, source, toy = [], DATASETS.get(data, Source()), None
-    if data == "toy":
+    classes, missing, source, more = [], (), DATASETS.get(data, Source()), {}
+    if data in ("toy", "toy_captions"):
         from colab import toy
 
         listed = class_folders(toy.write_toy(Path(root or Path(__file__).resolve().parent / "datasets") / "toy"))
+        more = dict(groups=toy.GROUPS, small=True, flip=None)
+        if source.captions:
+            listed, more["mirrors"] = toy.captioned(listed)
     elif data in DATASETS:
-        listed, classes = named_dataset(source, root, annotations, fold)
+        listed, classes, missing = named_dataset(source, root, annotations, fold)
     elif os.path.isdir(data):
         listed = class_folders(Path(data))
     elif val_data:
@@ -299,7 +308,25 @@ def find_clips(data, root="", val_data="", annotations="", fold=1, skip=""):
         known = ", ".join(["toy", *DATASETS])
         raise FileNotFoundError(f"--data {data}: neither {known} nor a folder; a list file needs --val-data as well")
 
-    # The classes of `listed` are names, or numbers in a list file: they become labels, and their names `classes`.
+    lines = Path(skip).read_text("utf-8", "surrogateescape").splitlines() if skip else []
+    unwanted = {os.path.abspath(path) for line in lines for path in (line, line.partition(": ")[0])}
+    if source.captions:
+        clips, captions = {}, more.setdefault("captions", {})
+        for split, pairs in listed.items():
+            for caption, path in pairs:
+                captions.setdefault(path, []).append(caption)
+            paths = dict.fromkeys(path for _, path in pairs if path)
+            clips[split] = [Clip(p, k) for p in paths for k in range(len(captions[p]) if split == "train" else 1)]
+    else:
+        classes, clips = labelled(data, source, listed, classes)
+    clips = {
+        split: Clips(c for c in clips.get(split, ()) if os.path.abspath(c.path) not in unwanted) for split in SPLITS
+    }
+    return Data(**clips, classes=classes, missing=missing, **(dict(flip=source.flip) | more))
+
+
+def labelled(data, source, listed, classes):
+    """The classes of `listed` are names, or numbers in a list file: they become labels -> names, clips by split"""
     names = {name for name, _ in listed["train"]}
     if isinstance(min(names), int):
         classes = classes or [str(i) for i in range(max(source.num_classes, 1 + max(names)))]
@@ -307,19 +334,11 @@ def find_clips(data, root="", val_data="", annotations="", fold=1, skip=""):
     else:
         classes = classes or sorted(names)
         label_of = {name: i for i, name in enumerate(classes)}
-    lines = Path(skip).read_text("utf-8", "surrogateescape").splitlines() if skip else []
-    unwanted = {os.path.abspath(path) for line in lines for path in (line, line.partition(": ")[0])}
-    clips, missing = {"test": []}, []
     for split, pairs in listed.items():
         unknown = {name for name, _ in pairs} - label_of.keys()
         if unknown:
             raise ValueError(f"--data {data}: {split} has the class {unknown.pop()!r}, not one of the {len(classes)}")
-        clips[split] = [Clip(path, label_of[name]) for name, path in pairs if path]
-        if len(clips[split]) < len(pairs):
-            missing.append(f"{split}: {len(pairs) - len(clips[split]):,} of {len(pairs):,} videos are missing")
-    clips = {split: Clips(c for c in clips[split] if os.path.abspath(c.path) not in unwanted) for split in SPLITS}
-    more = dict(groups=toy.GROUPS, small=True, flip=None) if toy else dict(flip=source.flip)
-    return Data(**clips, classes=classes, missing=tuple(missing), **more)
+    return classes, {split: [Clip(p, label_of[name]) for name, p in pairs if p] for split, pairs in listed.items()}
 
 
 def class_folders(folder):
@@ -349,29 +368,35 @@ def list_file(file, root):
 def named_dataset(source, root, annotations, fold):
     """A dataset whose annotation files name videos, which lie anywhere below the root.
 
-    -> {split: [(class, path or "" for a missing video), ...]}; the names of all classes, if a file has them
+    -> {split: [(class, path or "" for a missing video), ...]}; the names of all classes, if a file has them; a sentence
+    for each split that misses videos
     """
     videos, files = walk(root)
     files = walk(annotations)[1] if annotations else files
-    path_of, listed = {VIDEO.sub("", os.path.basename(path)): path for path in videos}, {}
-    for split, own in (("train", source.train), ("val", source.val)):
+    path_of, listed, missing = {VIDEO.sub("", os.path.basename(path)): path for path in videos}, {}, []
+    for split in SPLITS:
+        own = getattr(source, split).format(fold).split()
+        if not own and split == "test":
+            continue
         lists = [f"{source.lists}_{split}_list_videos.txt", f"{split}.csv", f"{split}.txt", f"{split}_list.txt"]
-        names = [*own.format(fold).split(), *lists]
-        file = next((files[name] for name in names if name in files), None)
+        file = next((files[name] for name in [*own, *lists] if name in files), None)
         if file is None:
             where = annotations or root or "--data-root, which was not given"
-            raise FileNotFoundError(f"no annotations for {split} below {where}: looked for {', '.join(names)}")
+            raise FileNotFoundError(f"no annotations for {split} below {where}: looked for {', '.join([*own, *lists])}")
         try:
             is_list = file.name in lists and re.search(r"[ ,\t]\d+$", lines_of(file)[0])
             read = read_list if is_list else source.read
             pairs = [(label, VIDEO.sub("", os.path.basename(name))) for label, name in read(file, split)]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{file} is not an annotation file as the dataset's site gives it ({error!r})") from error
-        listed[split] = [(label, path_of.get(name, "")) for label, name in pairs]
-        if not any(path for _, path in listed[split]):
-            raise FileNotFoundError(f"none of the {len(pairs):,} videos that {file} names is below {root}")
+        listed[split], names = [(label, path_of.get(name, "")) for label, name in pairs], {name for _, name in pairs}
+        absent = names - path_of.keys()
+        if absent == names:
+            raise FileNotFoundError(f"none of the {len(names):,} videos that {file} names is below {root}")
+        if absent:
+            missing.append(f"{split}: {len(absent):,} of {len(names):,} videos are missing")
     names_file = next((files[name] for name in source.class_names.split() if name in files), None)
-    return listed, class_names(names_file) if names_file else []
+    return listed, class_names(names_file) if names_file else [], tuple(missing)
 
 
 SPLITS = ("train", "val", "test")
@@ -463,6 +488,42 @@ def hmdb(file, split):
                 yield one.name.removesuffix(end), name
 
 
+# For retrieval a video has captions in place of a class. They lie in files beside that which names the split's videos.
+
+
+def msrvtt(file, split):
+    rows = list(csv.DictReader(lines_of(file)))
+    if "sentence" in rows[0]:  # key,vid_key,video_id,sentence: the list for testing has one caption for each video
+        yield from ((row["sentence"], row["video_id"]) for row in rows)
+        return
+    whole, halves = "MSRVTT_data.json", ("train_val_videodatainfo.json", "test_videodatainfo.json")
+    captions = {}
+    for name in [whole] if file.with_name(whole).is_file() else halves:
+        for sentence in json.loads(file.with_name(name).read_text("utf-8"))["sentences"]:
+            captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
+    for row in rows:
+        yield from ((caption, row["video_id"]) for caption in captions[row["video_id"]])
+
+
+def msvd(file, split):
+    captions = {}
+    for line in lines_of(file.with_name("AllVideoDescriptions.txt")):  # id caption, below comments that begin with #
+        name, _, caption = line.partition(" ")
+        captions.setdefault(name, []).append(caption)
+    for name in lines_of(file):
+        yield from ((caption, name) for caption in captions[name])
+
+
+def vatex(file, split):
+    official, captions = file.suffix == ".json", {}
+    for path in [file] if official else sorted(file.parent.glob("vatex*.json")):
+        clips = json.loads(path.read_text("utf-8"))  # [{"videoID": id, "enCap": [...]}, ...], or {id: {"enCap": [...]}}
+        clips = clips if isinstance(clips, dict) else {clip["videoID"]: clip for clip in clips}
+        captions |= {name: clip.get("enCap", []) for name, clip in clips.items()}
+    for name in captions if official else lines_of(file):
+        yield from ((caption, name) for caption in captions[name])
+
+
 @dataclass
 class Source:
     """A dataset of the field. To add one, write a reader, and an entry of DATASETS."""
@@ -476,6 +537,8 @@ class Source:
     recipe: str = "k400"  # the dataset whose training settings are used
     sampling: dict = field(default_factory=dict)  # the settings that differ from them
     flip: dict | None = field(default_factory=dict)  # what a mirror image does to the labels, as in VideoDataset
+    test: str = ""  # what the files of a third split may be called
+    captions: bool = False  # for retrieval: the reader yields a caption in place of the class
 
 
 UNIFORM = dict(span=0, views=(1, 1))  # one frame from each of T segments, and one test view
@@ -494,6 +557,12 @@ DATASETS = {
     "ucf101": Source(ucf, "trainlist0{}.txt", "testlist0{}.txt", "classInd.txt", 101, "ucf101", "ucf101", UNIFORM),
     "hmdb51": Source(hmdb, "brush_hair_test_split{}.txt", "brush_hair_test_split{}.txt",
                      "", 51, "hmdb51", "hmdb51", UNIFORM),
+    "msrvtt": Source(msrvtt, "MSRVTT_train.9k.csv MSRVTT_train.7k.csv", "MSRVTT_JSFUSION_test.csv",
+                     recipe="msrvtt", captions=True),  # the split 1k-A: val is what papers test on
+    "msvd": Source(msvd, "train_list.txt", "val_list.txt", test="test_list.txt", recipe="msrvtt", captions=True),
+    "vatex": Source(vatex, "train_list.txt vatex_training_v1.0.json", "val_list.txt vatex_validation_v1.0.json",
+                    test="test_list.txt vatex_public_test_english_v1.1.json", recipe="msrvtt", captions=True),
+    "toy_captions": Source(captions=True),
 }  # fmt: skip
 
 

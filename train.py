@@ -7,6 +7,9 @@ python train.py --resume --out runs/aim-toy                        continues a r
 python train.py --init FILE --data ...                             starts from a checkpoint, ours or the authors'
 python train.py --eval --checkpoint FILE                           measures the accuracy of a checkpoint
 python train.py --predict VIDEO FOLDER --checkpoint FILE           names the five likeliest classes of each video
+python train.py --search SENTENCE --videos FOLDER --checkpoint FILE    finds the five videos that fit it best
+
+Data with captions (msrvtt, msvd, vatex, toy_captions) train text-video retrieval, of which only side4video has a model.
 """
 
 import argparse
@@ -47,11 +50,19 @@ METHODS = {  # name: (class, recipes by dataset, reader of its authors' checkpoi
     "aim": (aim.AIM, aim.RECIPES, aim.load_official, r"\.T_Adapter\."),
     "zeroi2v": (zeroi2v.ZeroI2V, zeroi2v.RECIPES, zeroi2v.load_official, r"\.(S|MLP)_Adapter"),
     "st_adapter": (st_adapter.STAdapter, st_adapter.RECIPES, st_adapter.load_official, r"\.adapter_pre_"),
+    "side4video_retrieval": (
+        side4video.Side4VideoRetrieval,
+        side4video.RETRIEVAL_RECIPES,
+        side4video.load_official,
+        r"\.side_proj",
+    ),
     "side4video": (side4video.Side4Video, side4video.RECIPES, side4video.load_official, r"\.side_"),
     "linear_probe": (partial(common.SpaceOnly, tune="head"), BASELINE, None, None),
     "partial_finetune": (partial(common.SpaceOnly, tune="last"), BASELINE, None, None),
     "finetune": (partial(common.SpaceOnly, tune="all"), FINETUNE, None, None),
 }
+
+RETRIEVAL = {"side4video": "side4video_retrieval"}  # what a method becomes where the data are captions
 
 # A recipe replaces these defaults, a checkpoint the recipe, and the command line everything.
 SETTINGS = {
@@ -74,6 +85,8 @@ SETTINGS = {
     "lr": (3e-4, "the peak learning rate of AdamW"),
     "lr_batch": (0, "the batch size that --lr is meant for, in proportion to which it is scaled; 0 does not scale it"),
     "embedding_lr": (1.0, "the learning rate of learned embeddings of time and place, as a multiple of --lr"),
+    "clip_lr": (1.0, "the learning rate of what is tuned of CLIP itself, as a multiple of --lr"),
+    "betas": ((0.9, 0.999), "of AdamW: how slowly its two running means move"),
     "weight_decay": (0.05, "of AdamW; biases, norms and embeddings do not decay"),
     "clip_grad": (0.0, "the largest norm of the gradient; 0 does not clip it"),
     "label_smoothing": (0.0, "the share of the target that is spread over all classes"),
@@ -91,6 +104,8 @@ SETTINGS = {
 JOB = {  # what is to be done, which no checkpoint remembers
     "eval": (False, "evaluate --checkpoint"),
     "predict": ([], "name the classes of these videos or folders of videos, with --checkpoint"),
+    "search": ("", "a sentence: finds the five of --videos that fit it best, with --checkpoint, trained with captions"),
+    "videos": ([], "the videos or folders of videos in which to search"),
     "checkpoint": ("", "the file to evaluate or to predict with: a checkpoint.pt, or a file of the method's authors"),
     "save": ("", "the file into which --predict writes features and class probabilities by video, with torch.save"),
     "split": ("val", "the split that --eval measures: val or test"),
@@ -114,6 +129,7 @@ def parameter_groups(model, run):
         if p.requires_grad:
             decay = 0.0 if p.ndim < 2 or "embedding" in name else run["weight_decay"]
             rate = run["embedding_lr"] if "embedding" in name else 1.0
+            rate *= run["clip_lr"] if name.startswith(("vit.", "text.")) else 1.0
             groups.setdefault((decay, rate), []).append(p)
     return [{"params": ps, "weight_decay": decay, "rate": rate} for (decay, rate), ps in groups.items()]
 
@@ -131,7 +147,7 @@ def train(run, model, splits, train_set, val_set, out, world, checkpoint=None):
     steps_per_epoch = len(train_set) * run["repeat"] // run["batch_size"]
     steps, warmup = run["epochs"] * steps_per_epoch, run["warmup_epochs"] * steps_per_epoch
     peak = run["lr"] * (run["batch_size"] / run["lr_batch"] if run["lr_batch"] else 1)
-    optimizer = torch.optim.AdamW(parameter_groups(model, run), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, run), betas=run["betas"], fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     at = dict(epoch=0, step=0, clips=0, failed=0, log=0, best=-1.0, result={}, skipped=[])  # how far the run is
     if checkpoint:
@@ -162,12 +178,14 @@ def train(run, model, splits, train_set, val_set, out, world, checkpoint=None):
 
                 for _ in range(run["accumulate"]):
                     video, label, paths, problems = next(batches)  # uint8 B x T x 3 x H x W, B
-                    video, label = (x.to(world.device, non_blocking=True) for x in (video, label))
+                    texts = [splits.captions[path][max(k, 0)] for path, k in zip(paths, label) if splits.captions]
+                    ids = [model.text.tokenize(texts)] if texts else []  # for retrieval, B x L
+                    video, label, *ids = (x.to(world.device, non_blocking=True) for x in (video, label, *ids))
                     with world.autocast():
-                        logits = forward(common.normalize(video, model.vit))
-                        loss = model.loss(logits, label, run["label_smoothing"])  # B
+                        output = forward(common.normalize(video, model.vit), *ids)
+                        loss = model.loss(output, label, run["label_smoothing"])  # B
                     scaler.scale(loss.mean() / run["accumulate"]).backward()
-                    watch.forward(loss, logits, label, paths, problems)
+                    watch.forward(loss, output, label, paths, problems)
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run["clip_grad"] or math.inf)
                 scaler.step(optimizer)
@@ -188,7 +206,7 @@ def train(run, model, splits, train_set, val_set, out, world, checkpoint=None):
 def outputs(model, dataset, run, world, signals=()):
     """Runs the model over this process's share of a testing VideoDataset, until a signal comes.
 
-    Yields features (B, D) and class probabilities (B, num_classes), means over the views; labels (B,), paths, problems.
+    Yields features of all views, (B, V, D) or for retrieval (B, V, T, E); labels (B,), paths, problems.
     """
     model.eval()
     batch_size = max(run["batch_size"] // (world.size * run["accumulate"] * math.prod(run["views"])), 1)
@@ -200,21 +218,33 @@ def outputs(model, dataset, run, world, signals=()):
         views = video.to(world.device, non_blocking=True).flatten(0, 1)  # B*V x T x 3 x H x W
         with world.autocast():
             features = model.features(common.normalize(views, model.vit))
-            probabilities = model.head(features).float().softmax(-1)
-        features, probabilities = (x.float().unflatten(0, video.shape[:2]).mean(1) for x in (features, probabilities))
-        yield features.cpu(), probabilities.cpu(), label, paths, problems
+        yield features.unflatten(0, video.shape[:2]), label, paths, problems
+
+
+@torch.no_grad()
+def classify(model, features, world):
+    """features (B, V, D) of V views -> probabilities (B, num_classes), their mean over the views"""
+    with world.autocast():
+        return model.head(features).float().softmax(-1).mean(1).cpu()
 
 
 def evaluate(model, dataset, splits, run, world, table, signals=()):
     """Over a testing VideoDataset, each video by exactly one process -> (result, why videos were skipped)
 
     result: top-1 and top-5 in percent, `top1 GROUP` for each group of classes, and the number of videos. table: the
-    CSV file for one row per true class: videos, top-1, and how often each class was predicted."""
+    CSV file for one row per true class: videos, top-1, and how often each class was predicted. Where videos have
+    captions in place of classes, see colab/retrieval.py."""
+    if splits.captions:
+        from colab import retrieval
+
+        found = outputs(model, dataset, run, world, signals)
+        return retrieval.evaluate(model, found, len(dataset), splits, world, table.with_stem("ranks"))
     C, top5, skipped = len(splits.classes), 0, []
     confusion = torch.zeros(C, C, dtype=torch.long)  # true class x predicted class
-    for _, probabilities, label, _, problems in outputs(model, dataset, run, world, signals):
+    for features, label, _, problems in outputs(model, dataset, run, world, signals):
         skipped += filter(None, problems)
-        best, label = probabilities.topk(min(5, C)).indices[label >= 0], label[label >= 0]
+        best = classify(model, features, world).topk(min(5, C)).indices[label >= 0]
+        label = label[label >= 0]
         confusion.index_put_((label, best[:, 0]), torch.tensor(1), accumulate=True)
         top5 += (best == label[:, None]).sum().item()
     confusion, top5, skipped = zip(*world.gather((confusion, top5, skipped)))
@@ -243,8 +273,9 @@ def predict(model, dataset, classes, run, world, save_to=""):
     """Prints the five likeliest classes of each video. Raises VideoError, after all others, for unreadable videos.
     save_to: a file for {"classes": names, "videos": {path: {"features": (D,), "probabilities": (num_classes,)}}}."""
     found, failed = {}, []
-    for features, probabilities, label, paths, problems in outputs(model, dataset, run, world):
+    for features, label, paths, problems in outputs(model, dataset, run, world):
         failed += filter(None, problems)
+        features, probabilities = features.float().mean(1).cpu(), classify(model, features, world)
         for k in (label >= 0).nonzero()[:, 0].tolist():
             found[paths[k]] = {"features": features[k].clone(), "probabilities": probabilities[k].clone()}
             best = probabilities[k].topk(min(5, len(classes))).indices.tolist()
@@ -286,11 +317,13 @@ class Watch:
             signal.signal(signum, handler)
 
     def clear(self):
-        self.passes, self.paths, self.problems, self.norms, self.began = [], [], [], [], time.monotonic()
+        self.losses, self.right, self.paths, self.problems, self.norms = [], [], [], [], []
+        self.began = time.monotonic()
 
-    def forward(self, loss, logits, label, paths, problems):
-        """After a forward pass: loss and label (B,), logits (B, num_classes)."""
-        self.passes.append(torch.stack([loss.detach(), (logits.argmax(-1) == label).float()]))
+    def forward(self, loss, output, label, paths, problems):
+        """After a forward pass: loss and label (B,), output the logits (B, num_classes), or for retrieval features."""
+        self.losses.append(loss.detach())
+        self.right += [output.argmax(-1) == label] if torch.is_tensor(output) else []
         self.paths += paths
         self.problems += filter(None, problems)
 
@@ -309,7 +342,8 @@ class Watch:
     def meet(self, rate):
         """Reads the losses of all processes, writes a line of log.jsonl, and ends a run that cannot continue."""
         at, own, steps = self.at, len(self.paths), len(self.norms)
-        (losses, right), norms = torch.cat(self.passes, dim=1).tolist(), torch.stack(self.norms).tolist()
+        losses, norms = torch.cat(self.losses).tolist(), torch.stack(self.norms).tolist()
+        right = torch.cat(self.right).tolist() if self.right else []
         gathered = zip(*self.world.gather((losses, right, self.paths, self.problems)))
         losses, right, paths, problems = (list(chain(*parts)) for parts in gathered)
         at["clips"], at["failed"] = at["clips"] + len(losses), at["failed"] + len(problems)
@@ -327,11 +361,12 @@ class Watch:
             few = f"{at['failed']} of {at['clips']} training videos cannot be read"
             raise Stop(f"{few}, more than {FAILURES:.0%}; the last: {at['skipped'][-1]}", 2)
 
-        loss, top1 = sum(losses) / len(losses), 100 * sum(right) / len(losses)
+        loss, top1 = sum(losses) / len(losses), 100 * sum(right) / len(losses) if right else None
         line = {"epoch": at["epoch"] + 1, "step": done, "loss": loss, "top1": top1, "lr": rate}
         line |= {"grad_norm": None if steep else norms[-1], "overflows": len(steep)}
         self.write(line | {"clips_per_second": (pace := len(losses) / (time.monotonic() - self.began))})
-        where = f"epoch {line['epoch']}/{self.run['epochs']}, loss {loss:.3f}, top-1 {top1:.1f} %, {pace:.3g} clips/s"
+        shown = f"loss {loss:.3f}, top-1 {top1:.1f} %" if right else f"loss {loss:.3f}"
+        where = f"epoch {line['epoch']}/{self.run['epochs']}, {shown}, {pace:.3g} clips/s"
         self.bar.set_postfix_str(where, refresh=False)
         self.clear()
 
@@ -349,8 +384,9 @@ class Watch:
         at, epoch = self.at, self.at["epoch"] + 1
         at |= {"result": result, "skipped": list(dict.fromkeys(at["skipped"] + skipped))}
         self.write({"epoch": epoch, "step": epoch * self.steps_per_epoch, "val": result})
-        if result["top1"] > at["best"]:
-            at["best"] = result["top1"]
+        score = next(iter(result.values()))  # top-1, or the R@1 of text-to-video
+        if score > at["best"]:
+            at["best"] = score
             self.save("best.pt")
         self.clear()  # the time of evaluating is not that of the next steps
 
@@ -409,8 +445,8 @@ def read(path):
     tensors = common.tensors_of(checkpoint) | common.tensors_of(rest)
     keys = "\n".join(tensors)
     method = next((name for name, (*_, pattern) in METHODS.items() if pattern and re.search(pattern, keys)), None)
-    head = next((t for key, t in tensors.items() if re.search(r"(^|\.)fc(_cls)?\.weight$", key)), None)
-    if method is None or head is None:
+    head = next((t for key, t in tensors.items() if re.search(r"(^|\.)fc(_cls)?\.weight$", key)), ())
+    if method is None or (method not in RETRIEVAL.values() and not len(head)):
         raise ValueError(f"{path} is neither a checkpoint of train.py nor one that the authors of a method released")
     # A file that holds the frozen weights as well needs no others, and no name leads to them.
     whole = {"pretrained": "none"} if re.search(r"(class_embedding|cls_token)$", keys, re.MULTILINE) else {}
@@ -421,10 +457,11 @@ def build(run, classes, checkpoint=None, init=False):
     """The model of a run, on the CPU, with the checkpoint's weights; init: other classes have a new classifier."""
     torch.manual_seed(run["seed"])
     pretrained = None if run["pretrained"] == "none" else run["pretrained"]
-    clip = common.load_clip(run["backbone"], pretrained, run["image_size"] or None)
+    clip = common.load_clip(run["backbone"], pretrained, run["image_size"] or None, run["method"] in RETRIEVAL.values())
     cls, _, load_official, _ = METHODS[run["method"]]
     known = checkpoint["classes"] if checkpoint else classes
-    model = cls(clip, len(known), num_frames=run["num_frames"], **run["model"])
+    parts = clip if run["method"] in RETRIEVAL.values() else (clip, len(known))  # both towers, or the number of classes
+    model = cls(*parts, num_frames=run["num_frames"], **run["model"])
     if checkpoint and "official" in checkpoint:
         load_official(model, checkpoint["official"])
         known = classes if len(known) == len(classes) else known  # such files do not name their classes
@@ -456,7 +493,7 @@ PLACES = ("data_root", "val_data", "annotations", "skip", "fold")  # what belong
 def recipe_of(method, name, backbone, recipe=""):
     """The method's settings for the dataset `name` and the backbone, as its paper or its authors' code has them."""
     recipes, source = METHODS[method][1], data.DATASETS.get(name)
-    names = [recipe] if recipe else [name, source.recipe if source else "", "k400"]  # other videos are as Kinetics
+    names = [recipe] if recipe else [name, source.recipe if source else "", *recipes]  # other videos are as Kinetics
     name = next((name for name in names if name in recipes), None)
     if name is None:
         raise ValueError(f"{method} has no recipe {recipe!r}; it has {', '.join(k for k in recipes if ' ' not in k)}")
@@ -479,6 +516,14 @@ def settings(flags, checkpoint=None, init=False, resume=False):
     method, source, backbone, recipe = ((theirs | flags).get(k, "") for k in ("method", "data", "backbone", "recipe"))
     if method not in METHODS:
         raise ValueError("say what to train with --method and --data, or name a file with --checkpoint or --init")
+
+    captions = source in data.DATASETS and data.DATASETS[source].captions
+    if captions and method in RETRIEVAL:
+        method = flags["method"] = RETRIEVAL[method]
+    if source and captions != (method in RETRIEVAL.values()):
+        raise ValueError(
+            f"{method} does not fit {source}: captions are for {', '.join(RETRIEVAL)}, classes for the others"
+        )
 
     run = {name: default for name, (default, _) in SETTINGS.items()}
     run |= recipe_of(method, source, backbone, recipe)
@@ -529,9 +574,14 @@ def parse(argv):
     return {name: given.pop(name, default) for name, (default, _) in JOB.items()}, given
 
 
+def unlabelled(paths, classes=()):
+    """Videos of which nothing is known, as a split to evaluate"""
+    return data.Data(train=[], val=[data.Clip(path, 0) for path in paths], test=[], classes=classes)
+
+
 def start(job, flags):
-    """Does the job -> the result of the evaluation (None for --predict). Raises ValueError and OSError."""
-    training = not (job["eval"] or job["predict"])
+    """Does the job -> the result of the evaluation (None for --predict and --search). Raises ValueError and OSError."""
+    training = not (job["eval"] or job["predict"] or job["search"])
     checkpoint = None if training and not job["init"] else read(job["init"] if training else job["checkpoint"])
     method = flags.get("method") or (checkpoint["run"]["method"] if checkpoint else "")
     out = Path(job["out"] or f"runs/{method}-{Path(flags.get('data', '')).stem}")
@@ -539,10 +589,13 @@ def start(job, flags):
     checkpoint, init = read(out / "checkpoint.pt") if resume else checkpoint, training and not resume
     run = settings(flags, checkpoint, init, resume)
 
+    if job["predict" if run["method"] in RETRIEVAL.values() else "search"]:
+        raise ValueError("--search is for checkpoints that were trained with captions, --predict is for all others")
+
     world = World.here(job["device"], run["precision"], job["workers"])
-    if job["predict"]:
-        clips = [data.Clip(path, 0) for path in data.video_files_in(job["predict"])]
-        splits = data.Data(train=[], val=clips, test=[], classes=checkpoint["classes"])
+    if job["predict"] or job["search"]:
+        paths = data.video_files_in(job["predict"] or job["videos"])
+        splits = unlabelled(paths, checkpoint["classes"])
     else:
         splits = data.find_clips(run["data"], **{name.replace("data_root", "root"): run[name] for name in PLACES})
     model = build(run, splits.classes, checkpoint, init).to(world.device)
@@ -550,6 +603,13 @@ def start(job, flags):
     if run["recompute"]:
         common.recompute(model)
 
+    if job["search"]:
+        from colab import retrieval
+
+        def found(paths):
+            return outputs(model, data.datasets(run, unlabelled(paths), "val", model.vit.image_size)[1], run, world)
+
+        return retrieval.search(model, job["search"], paths, found, job["checkpoint"], run, world)
     train_set, test_set = data.datasets(run, splits, job["split"], model.vit.image_size)
     if job["predict"]:
         return predict(model, test_set, splits.classes, run, world, job["save"])

@@ -11,6 +11,7 @@ class, and is right at most half of the time.
 
 import os
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import av
@@ -119,6 +120,46 @@ def clip(name, rng):
     for x, y, r in motion(name, rng):
         paint(frames, *look(rng), x, y, r)
     return frames.clip(0, 255).astype(np.uint8)
+
+
+def subject(name, rng):
+    """What moves in the clip that `clip(name, rng)` paints, such as "a red ring"; the draws are the same"""
+    background(rng, 1)
+    shapes = [look(rng) for _ in motion(name, rng)]
+    looks = [f"{color} {shape}" for shape, color in shapes]
+    article = "an" if looks[0][0] in "aeiou" else "a"
+    return " and ".join(looks) if len(looks) > 1 else f"{article} {looks[0]}"
+
+
+def captioned(listed):
+    """Captions such as "a red ring moves left" -> {split: [(caption, path), ...]}, {path: that of its mirror in time}
+
+    listed: {split: [(class, path), ...]} of the folder that `write_toy` writes. In val and test no two clips have the
+    same caption, so that one clip is right for it: of several, the first stays.
+    """
+    captions, mirrors, mirror_of = {}, {}, PAIRS | {mirror: name for name, mirror in PAIRS.items()}
+    for seed, split in enumerate(CLIPS):
+        found = {}
+        for name, path in listed[split]:
+            folder, file = os.path.split(path)
+            mirrors[path] = os.path.join(os.path.dirname(folder), mirror_of[name], file)
+            rng = np.random.default_rng([seed, int(file.removesuffix(".mp4"))])  # as write_toy has it
+            original = name if name in PAIRS else mirror_of[name]  # the clip was painted, and its mirror looks the same
+            text = f"{subject(original, rng)} {name.removeprefix('two ')}"
+            found.setdefault((text, path) if split == "train" else text, (text, path))
+        captions[split] = list(found.values())
+    return captions, mirrors
+
+
+def tokenize(captions, context_length=8, vocabulary=1024):
+    """Words -> hashed word numbers (B, context_length), between a start and an end token: no vocabulary is kept."""
+    tokens = torch.zeros(len(captions), context_length, dtype=torch.long)
+    for row, caption in zip(tokens, captions):
+        words = [1 + zlib.crc32(word.encode()) % (vocabulary - 3) for word in caption.split()]
+        if len(words) > context_length - 2:
+            raise ValueError(f"{caption!r} has more than {context_length - 2} words")
+        row[: len(words) + 2] = torch.tensor([vocabulary - 2, *words, vocabulary - 1])
+    return tokens
 
 
 def write_video(path, frames, rate=8):

@@ -7,7 +7,6 @@ The image tower is `common.ViT`, the text tower open_clip's; the file is an open
 
 import argparse
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from colab import toy  # noqa: E402
+from colab.toy import tokenize  # noqa: E402
 from common import load_clip, normalize  # noqa: E402
 
 NAME = "ViT-Toy-16"
@@ -39,17 +39,6 @@ def still(rng):
     row, column = ROWS[int((y - 0.08) / 0.84 * 5)], COLUMNS[int((x - 0.08) / 0.84 * 5)]
     image = torch.from_numpy(frame[0].clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
     return image, f"a {size} {color} {shape} {row} {column}"
-
-
-def tokenize(captions, context_length=8, vocabulary=1024):
-    """Words -> hashed word numbers (B, context_length), between a start and an end token: no vocabulary is kept."""
-    tokens = torch.zeros(len(captions), context_length, dtype=torch.long)
-    for row, caption in zip(tokens, captions):
-        words = [1 + zlib.crc32(word.encode()) % (vocabulary - 3) for word in caption.split()]
-        if len(words) > context_length - 2:
-            raise ValueError(f"{caption!r} has more than {context_length - 2} words")
-        row[: len(words) + 2] = torch.tensor([vocabulary - 2, *words, vocabulary - 1])
-    return tokens
 
 
 def matched(clip, images, tokens):

@@ -11,6 +11,7 @@ import pytest
 from torchvision.transforms.functional import to_pil_image
 
 import data
+import train
 from colab import videos
 from data import DATASETS, find_clips, video_files_in
 
@@ -212,7 +213,7 @@ def test_of_two_annotation_files_the_higher_one_is_taken(tmp_path):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data-root"):
         find_clips("k400")
-    for name, source in DATASETS.items():
+    for name, source in [(name, source) for name, source in DATASETS.items() if name != "toy_captions"]:
         with pytest.raises(FileNotFoundError, match="no annotations for train") as error:
             find_clips(name, tmp_path)
         assert source.train.split()[0].format(1) in str(error.value) and str(tmp_path) in str(error.value)
@@ -430,3 +431,115 @@ def test_a_named_dataset_is_trained_on_and_evaluated(layout, tmp_path):
     flags += " --warmup-epochs 0 --batch-size 2 --num-frames 4 --span 0 --workers 0 --device cpu"
     result = train.main([*flags.split(), "--out", str(tmp_path / "run")])
     assert result["videos"] == len(find_clips(name, root).val)
+
+
+# Captions
+
+
+def sentences(folder, name, captions):
+    clips = {video: texts for video, texts in captions.items()}
+    lines = [
+        {"sen_id": i, "video_id": v, "caption": t} for i, (v, t) in enumerate((v, t) for v in clips for t in clips[v])
+    ]
+    (folder / name).write_text(json.dumps({"info": {}, "videos": [], "sentences": lines}))
+
+
+def msrvtt(root, layout):
+    train = {f"video{i}": [f"a man does {i}", f"somebody plays {i}"] for i in range(3)}
+    other = {"video9": ["not in the list"]}
+    if layout == "halves":
+        sentences(root, "train_val_videodatainfo.json", dict(list(train.items())[:2]))
+        sentences(root, "test_videodatainfo.json", dict(list(train.items())[2:]) | other)
+    else:
+        sentences(root, "MSRVTT_data.json", train | other)
+    (root / "MSRVTT_train.9k.csv").write_text("video_id\n" + "\n".join(train) + "\n")
+    rows = [
+        "key,vid_key,video_id,sentence",
+        'ret0,msr7,video7,"a cat, then a dog"',
+        "ret1,msr8,video8,a red car drives",
+    ]
+    (root / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(rows) + "\n")
+    test = {"video7": ["a cat, then a dog"], "video8": ["a red car drives"]}
+    return dict(train=train, val=test)
+
+
+def msvd(root, layout):
+    splits = {
+        split: {f"-4ws_{split}{i}_5_15": [f"a {split} {i}", "the same again"] for i in range(2)}
+        for split in data.SPLITS
+    }
+    lines = ["# comments, as the site's file begins", ""]
+    for split, captions in splits.items():
+        (root / f"{split}_list.txt").write_text("\n".join(captions) + "\n")
+        lines += [f"{video} {text}" for video, texts in captions.items() for text in texts]
+    (root / "AllVideoDescriptions.txt").write_text("\n".join(lines) + "\n")
+    return splits
+
+
+def vatex(root, layout):
+    splits = {
+        split: {f"Ab-{split}{i}_000010_000020": [f"{split} {i}", f"again {i}"] for i in range(2)}
+        for split in data.SPLITS
+    }
+    if layout == "lists":
+        for split, captions in splits.items():
+            (root / f"{split}_list.txt").write_text("\n".join(captions) + "\n")
+        both = {name: {"enCap": texts} for captions in splits.values() for name, texts in captions.items()}
+        (root / "vatex_data.json").write_text(json.dumps(both))
+        return splits
+    names = ("training_v1.0", "validation_v1.0", "public_test_english_v1.1")
+    for name, captions in zip(names, splits.values()):
+        clips = [{"videoID": video, "enCap": texts, "chCap": ["x"]} for video, texts in captions.items()]
+        (root / f"vatex_{name}.json").write_text(json.dumps(clips))
+    return splits
+
+
+CAPTIONS = [(msrvtt, "whole"), (msrvtt, "halves"), (msvd, ""), (vatex, "lists"), (vatex, "official")]
+
+
+@pytest.mark.parametrize("make, layout", CAPTIONS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("gone", [False, True])
+def test_captions_are_found_in_the_files_that_people_have(make, layout, gone, tmp_path):
+    root, suffix = tmp_path, ".avi" if make is msvd else ".mp4"
+    splits = make(root, layout)
+    for i, name in enumerate(dict.fromkeys(name for captions in splits.values() for name in captions)):
+        if not (gone and name == next(iter(splits["train"]))):
+            write(root / "videos" / f"{i % 2}" / f"{name}{suffix}", i)
+    found = find_clips(make.__name__, root)
+    names = {os.path.basename(path).removesuffix(suffix): path for path in found.captions if path}
+    first = next(iter(splits["train"])) if gone else None
+    for split, captions in splits.items():
+        kept = {names[name]: texts for name, texts in captions.items() if name != first}
+        assert {path: found.captions[path] for path in kept} == kept
+        numbers = {path: range(len(texts) if split == "train" else 1) for path, texts in kept.items()}
+        assert sorted(getattr(found, split)) == sorted((path, k) for path, ks in numbers.items() for k in ks)
+    videos = len(splits["train"])
+    assert found.missing == ((f"train: 1 of {videos} videos are missing",) if gone else ())
+    assert found.classes == [] and found.flip == {}
+
+
+def test_captions_that_no_file_holds_are_said(tmp_path):
+    msrvtt(tmp_path, "halves")
+    write(tmp_path / "video0.mp4")
+    write(tmp_path / "video7.mp4")
+    (tmp_path / "test_videodatainfo.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_videodatainfo\.json"):
+        find_clips("msrvtt", tmp_path)
+    sentences(tmp_path, "test_videodatainfo.json", {})
+    with pytest.raises(ValueError, match=r"MSRVTT_train.9k.csv .*video2"):
+        find_clips("msrvtt", tmp_path)
+
+
+def test_videos_with_captions_train_and_are_evaluated(tmp_path):
+    splits = msvd(tmp_path, "")
+    for i, name in enumerate(name for captions in splits.values() for name in captions):
+        write(tmp_path / f"{name}.avi", i)
+    (tmp_path / "-4ws_val0_5_15.avi").write_text("broken")
+    toy = "--backbone ViT-Toy-16 --pretrained shipped --num-frames 4 --batch-size 2 --epochs 1 --device cpu --workers 0"
+    argv = ["--method", "side4video", "--data", "msvd", "--data-root", str(tmp_path), "--out", str(tmp_path / "run")]
+    result = train.main([*argv, *toy.split(), "--set", "width=64"])
+    assert result["videos"] == 1 and "over the mirror" not in result
+    assert "val0" in (tmp_path / "run/skipped.txt").read_text()
+    test = ["--eval", "--split", "test", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--device", "cpu"]
+    assert train.main(test)["videos"] == 2
+    assert len((tmp_path / "run/ranks.csv").read_text().splitlines()) == 1 + 4 + 2
