@@ -348,7 +348,7 @@ def trained(folder, tmp_path_factory):
 def test_captions_train_the_retrieval_model_and_its_ranks_are_written(trained, folder, tmp_path, capsys):
     out, result = trained
     run = train.read(out / "checkpoint.pt")["run"]
-    assert (run["method"], run["clip_lr"], run["data"]) == ("side4video_retrieval", 0.1, "toy_captions")
+    assert (run["method"], run["clip_lr"], run["data"]) == ("side4video_retrieval", 0.25, "toy_captions")
     names = [f"{d} {name}" for d in retrieval.DIRECTIONS for name in ("R@1", "R@5", "R@10", "MdR", "MnR")]
     assert list(result) == [*names, "over the mirror", "videos"] and result["videos"] == 20
     assert [line["val"] for line in log(out, "val")][-1] == result
@@ -403,7 +403,7 @@ def test_what_is_tuned_of_clip_has_a_rate_of_its_own(trained):
     assert classes == []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            assert rates[id(p)] == (0.1 if name.startswith(("vit.", "text.")) else 1.0), name
+            assert rates[id(p)] == (0.25 if name.startswith(("vit.", "text.")) else 1.0), name
     assert {group["betas"] for group in checkpoint["optimizer"]["param_groups"]} == {(0.9, 0.98)}
 
 
