@@ -311,18 +311,24 @@ def find_clips(data, root="", val_data="", annotations="", fold=1, skip=""):
     lines = Path(skip).read_text("utf-8", "surrogateescape").splitlines() if skip else []
     unwanted = {os.path.abspath(path) for line in lines for path in (line, line.partition(": ")[0])}
     if source.captions:
-        clips, captions = {}, more.setdefault("captions", {})
-        for split, pairs in listed.items():
-            for caption, path in pairs:
-                captions.setdefault(path, []).append(caption)
-            paths = dict.fromkeys(path for _, path in pairs if path)
-            clips[split] = [Clip(p, k) for p in paths for k in range(len(captions[p]) if split == "train" else 1)]
+        clips, more["captions"] = captioned(listed)
     else:
         classes, clips = labelled(data, source, listed, classes)
     clips = {
         split: Clips(c for c in clips.get(split, ()) if os.path.abspath(c.path) not in unwanted) for split in SPLITS
     }
     return Data(**clips, classes=classes, missing=missing, **(dict(flip=source.flip) | more))
+
+
+def captioned(listed):
+    """-> {split: [Clip(path, number of the caption), ...]}, {path: its captions}; val and test have each video once"""
+    clips, captions = {}, {}
+    for split, pairs in listed.items():
+        for caption, path in pairs:
+            captions.setdefault(path, []).append(caption)
+        paths = dict.fromkeys(path for _, path in pairs if path)
+        clips[split] = [Clip(p, k) for p in paths for k in range(len(captions[p]) if split == "train" else 1)]
+    return clips, captions
 
 
 def labelled(data, source, listed, classes):

@@ -598,6 +598,8 @@ def start(job, flags):
         splits = unlabelled(paths, checkpoint["classes"])
     else:
         splits = data.find_clips(run["data"], **{name.replace("data_root", "root"): run[name] for name in PLACES})
+    if world.rank == 0 and splits.missing:
+        print(*splits.missing, sep="\n", flush=True)
     model = build(run, splits.classes, checkpoint, init).to(world.device)
     common.cast_frozen(model, world.dtype)
     if run["recompute"]:

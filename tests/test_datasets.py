@@ -530,15 +530,17 @@ def test_captions_that_no_file_holds_are_said(tmp_path):
         find_clips("msrvtt", tmp_path)
 
 
-def test_videos_with_captions_train_and_are_evaluated(tmp_path):
+def test_videos_with_captions_train_and_are_evaluated(tmp_path, capsys):
     splits = msvd(tmp_path, "")
     for i, name in enumerate(name for captions in splits.values() for name in captions):
         write(tmp_path / f"{name}.avi", i)
     (tmp_path / "-4ws_val0_5_15.avi").write_text("broken")
+    (tmp_path / "-4ws_train0_5_15.avi").unlink()
     toy = "--backbone ViT-Toy-16 --pretrained shipped --num-frames 4 --batch-size 2 --epochs 1 --device cpu --workers 0"
     argv = ["--method", "side4video", "--data", "msvd", "--data-root", str(tmp_path), "--out", str(tmp_path / "run")]
     result = train.main([*argv, *toy.split(), "--set", "width=64"])
     assert result["videos"] == 1 and "over the mirror" not in result
+    assert "train: 1 of 2 videos are missing" in capsys.readouterr().out
     assert "val0" in (tmp_path / "run/skipped.txt").read_text()
     test = ["--eval", "--split", "test", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--device", "cpu"]
     assert train.main(test)["videos"] == 2
