@@ -178,6 +178,7 @@ def lines(panels, caption, xlabel, ylabel, log=False, width=8.0, height=3.2, mar
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             ax.xaxis.set_major_formatter("{x:.0f}")
+            ax.set_xticks(sorted({float(x) for xs, _ in curves.values() for x in xs}))  # also where x is no power of 2
         ax.set_title(title)
         ax.set_xlabel(xlabel)
         ax.grid(color="0.92")
