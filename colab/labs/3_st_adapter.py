@@ -587,3 +587,4 @@ for b in range(4):
     assert influence[b][far].abs().max() < 1e-6 if far.any() else True
     assert (influence[b][~far] > 0).all()
 assert idle < 1e-6, idle
+assert 45 < chance < 48 and max(parts["block 1"].values()) < chance < min(parts["block 3"].values())
