@@ -92,7 +92,9 @@ def make(file, repo="", student=False, tests=False, folder=COLAB):
             cells.append(cell("markdown", text))
         elif directive.startswith("# SHOW "):
             targets = directive.removeprefix("# SHOW ").replace(" ", "").split(",")
-            links = f"The next cell is {' and '.join(link(target, base) for target in targets)}, as the file has it."
+            *others, last = [link(target, base) for target in targets]
+            named = f"{', '.join(others)} and {last}" if others else last
+            links = f"The next cell is {named}, as the file has it."
             if cells[-1]["cell_type"] == "code":
                 cells.append(cell("markdown", links))
             else:

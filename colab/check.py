@@ -111,7 +111,9 @@ def difference(given, expected):
             return f"The output has shape {tuple(a.shape)}, it should have {tuple(b.shape)}."
         if not same([a], [b]):
             i = (a - b).abs().nan_to_num(float("inf")).argmax()
-            a, b = a.flatten()[i].item(), b.flatten()[i].item()
+            single, a, b = a.dim() == 0, a.flatten()[i].item(), b.flatten()[i].item()
+            if single:
+                return f"It gives {a:.6g} where it should give {b:.6g}."
             return f"The shape is right, the values are not: one of them is {a:.4g} and should be {b:.4g}."
     return "The number of outputs is wrong."
 

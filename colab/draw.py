@@ -154,7 +154,8 @@ def bars(groups, caption, ylabel, lines=None, width=7.0, height=3.0, digits=0, t
         values = [group[label] for group in groups.values() if group.get(label) is not None]
         places = np.array(at) + (k - (len(series) - 1) / 2) * step
         drawn = ax.bar(places, values, step * 0.92, label=label, color=GREYS[k], hatch=HATCHES[k], ec="black", lw=0.6)
-        ax.bar_label(drawn, [f"{v:.{digits}f}" for v in values], padding=1, fontsize=8)
+        box = dict(facecolor="white", pad=0, lw=0) if lines else None  # no dashed line crosses a number
+        ax.bar_label(drawn, [f"{v:.{digits}f}" for v in values], padding=1, fontsize=8, bbox=box)
     for k, (label, value) in enumerate((lines or {}).items()):
         ax.axhline(value, color="black", lw=1, ls=DASHES[k + 1], label=label, zorder=0)
     ax.set_xticks(range(len(groups)), list(groups))
@@ -178,6 +179,7 @@ def lines(panels, caption, xlabel, ylabel, log=False, width=8.0, height=3.2, mar
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             ax.xaxis.set_major_formatter("{x:.0f}")
+            ax.set_xticks(sorted({float(x) for xs, _ in curves.values() for x in xs}))  # also where x is no power of 2
         ax.set_title(title)
         ax.set_xlabel(xlabel)
         ax.grid(color="0.92")

@@ -360,6 +360,26 @@ def test_lab_6_names_the_mistakes_of_students():
     def first_cost(accuracy, costs):
         return lab6.unbeaten(accuracy, costs[:, :1])
 
+    def pairs(accuracy, costs, beats):  # True for a method that no other one beats
+        M = range(len(accuracy))
+        return torch.tensor([not any(beats(accuracy[i], accuracy[j], costs[i], costs[j]) for i in M) for j in M])
+
+    def costs_alone(accuracy, costs):
+        return pairs(accuracy, costs, lambda a, b, c, d: (c <= d).all() and (c < d).any())
+
+    def cheaper_only(accuracy, costs):
+        return pairs(accuracy, costs, lambda a, b, c, d: a >= b and (c <= d).all() and (c < d).any())
+
+    def beats_nobody(accuracy, costs):
+        return pairs(accuracy, costs, lambda b, a, d, c: a >= b and (c <= d).all() and (a > b or (c < d).any()))
+
+    def probabilities(images, texts, scale):
+        clip = F.normalize(F.normalize(images, dim=1).mean(0), dim=0)
+        return (scale * (F.normalize(texts, dim=1) @ clip)).softmax(0)
+
+    def labels_in_turn(v, y):
+        return torch.cat([v, v.flip(1)]), torch.stack([2 * y, 2 * y + 1], 1).flatten()
+
     def mean_cosine(images, texts, scale):
         return (scale * F.cosine_similarity(texts[:, None], images[None], dim=-1).mean(1)).softmax(-1)
 
@@ -375,11 +395,36 @@ def test_lab_6_names_the_mistakes_of_students():
         ),
         "It stops with IndexError": (lab6.direction, lambda p, y, m: m[p + 9]),
         "You marked only the most accurate": (lab6.front, lambda a, c: a == max(a)),
-        "one of them is 0 and should be 1": (lab6.front, loop),
+        "one of two equal methods": (lab6.front, loop),
+        "You compare the costs alone": (lab6.front, costs_alone),
+        "with equal costs, higher accuracy beats": (lab6.front, cheaper_only),
+        "mark those that nobody beats": (lab6.front, beats_nobody),
         "the values are not": (lab6.front, first_cost),
         "you return the numbers": (lab6.front, lambda a, c: lab6.unbeaten(a, c).nonzero()[:, 0]),
+        "the numbers 2 k and 2 k + 1 is not said": (
+            lab6.direction,
+            lambda p, y, m: sum(p == y) / sum(p // 2 == y // 2),
+        ),
+        "by all clips but those of the mirror class": (lab6.direction, lambda p, y, m: sum(p == y) / sum(p != m[y])),
         "the mean of the frames' vectors is shorter than 1": (lab6.zero_shot, mean_cosine),
         "a frame's vector is a row": (lab6.zero_shot, wrong_dimension),
+        "you divided by it": (lab6.zero_shot, lambda x, y, s: probabilities(x, y, 1 / s)),
+        "you took its exponential": (lab6.zero_shot, lambda x, y, s: probabilities(x, y, 2.718281828**s)),
+        "`scale` stands inside": (lab6.zero_shot, lambda x, y, s: s * probabilities(x, y, 1)),
+        "Only the first frame": (lab6.zero_shot, lambda x, y, s: probabilities(x[:1], y, s)),
+        "The labels take turns": (lab6.mirrors, labels_in_turn),
+        "you joined along time": (
+            lab6.mirrors,
+            lambda v, y: (torch.cat([v, v.flip(1)], dim=1), torch.cat([2 * y, 2 * y + 1])),
+        ),
+        "The reversed copies come first": (
+            lab6.mirrors,
+            lambda v, y: (torch.cat([v.flip(1), v]), torch.cat([2 * y + 1, 2 * y])),
+        ),
+        "first, then the labels": (
+            lab6.mirrors,
+            lambda v, y: (torch.cat([2 * y, 2 * y + 1]), torch.cat([v, v.flip(1)])),
+        ),
         "`scale` is missing": (lab6.zero_shot, lambda x, y, s: lab6.names_of_clip(x, y, 1)),
         "inside of each clip, dimension 1": (lab6.mirrors, lambda v, y: lab6.flipped(0)(v, y)),
         "mirrored the picture": (lab6.mirrors, lambda v, y: lab6.flipped(4)(v, y)),
@@ -475,6 +520,92 @@ def test_lab_2_sees_a_division_by_zero_with_a_single_block_and_a_missing_dimensi
     assert "It stops with" in lab2.drop_path.verdict(lambda y, kept, i, layers, last: 1 / 0)
 
 
+def test_lab_3_names_the_mistakes_of_students():
+    from colab.checks import lab3
+
+    def counted_from_the_end(x, weight, bias):  # x[:, -1] at t = 0; only the other end has a condition
+        y, T = bias + weight[:, 1] * x, x.shape[1]
+        for t in range(T):
+            y[:, t] += weight[:, 0] * x[:, t - 1] + (weight[:, 2] * x[:, t + 1] if t + 1 < T else 0)
+        return y
+
+    def valid(x, weight, bias):
+        return bias + sum(weight[:, i] * x[:, i : i + x.shape[1] - 2] for i in range(3))
+
+    def same_border(x, weight, bias):
+        y = x.clone()
+        y[:, 1:-1] = valid(x, weight, bias)
+        return y
+
+    def zero_border(x, weight, bias):
+        y = torch.zeros_like(x)
+        y[:, 1:-1] = valid(x, weight, bias)
+        return y
+
+    def viewed(x, weight, bias):
+        B, T, N, C = x.shape
+        return F.conv1d(x.reshape(B * N, C, T), weight[:, None], bias, padding=1, groups=C).reshape(B, T, N, C)
+
+    def in_place(x, weight, bias):
+        x[:, 1:] = x[:, 1:] + weight[:, 0] * x[:, :-1]
+        x[:, :-1] = x[:, :-1] + weight[:, 2] * x[:, 1:]
+        return weight[:, 1] * x + bias
+
+    def no_class(z, H, operation):
+        return operation(rearrange(z, "b t (h w) d -> b t h w d", h=H)).flatten(2, 3)
+
+    def first_frame(z, H, operation):
+        return torch.cat([z[:, :1], no_class(z[:, 1:], H, operation)], dim=1)
+
+    def rows_are_w(z, H, operation):
+        volume = operation(rearrange(z[:, :, 1:], "b t (h w) d -> b t h w d", w=H))
+        return torch.cat([z[:, :, :1], volume.flatten(2, 3)], dim=2)
+
+    def class_grows(z, H, operation):
+        patches = no_class(z[:, :, 1:], H, operation)
+        return torch.cat([z[:, :, :1] + patches.mean(2, keepdim=True), patches], dim=2)
+
+    def own_sum(T, H, W, C, kernel):  # only the products inside of the volume
+        return (
+            F.conv3d(torch.ones(1, 1, T, H, W), torch.ones(1, 1, *kernel), padding=[k // 2 for k in kernel]).sum() * C
+        )
+
+    answers = {
+        "x[:, t - 1] at t = 0 is x[:, -1]": (lab3.temporal_conv, counted_from_the_end),
+        "first and the last frame are missing": (lab3.temporal_conv, valid),
+        "first and the last frame stay as they were": (lab3.temporal_conv, same_border),
+        "first and the last frame are zero": (lab3.temporal_conv, zero_border),
+        "`reshape` does not exchange dimensions": (lab3.temporal_conv, viewed),
+        "You write into x while you still read": (lab3.temporal_conv, in_place),
+        "It stops with RuntimeError": (lab3.temporal_conv, lambda x, weight, bias: bias + weight[0] * x),
+        "Take [class] off first": (lab3.through_volume, no_class),
+        "20 patches: dimension 2": (lab3.through_volume, first_frame),
+        "`operation` got the shape (2, 3, 5, 4, 7)": (lab3.through_volume, rows_are_w),
+        "the mean of the patches was added": (lab3.through_volume, class_grows),
+        "the products with the zeros outside": (lab3.depthwise_flops, own_sum),
+        "the bias is an addition": (
+            lab3.depthwise_flops,
+            lambda T, H, W, C, k: T * H * W * C * (k[0] * k[1] * k[2] + 1),
+        ),
+        "in units of a billion": (lab3.depthwise_flops, lambda T, H, W, C, k: T * H * W * C * k[0] * k[1] * k[2] / 1e9),
+        "It gives 62370 where it should give 34650": (
+            lab3.depthwise_flops,
+            lambda T, H, W, C, k: T * H * W * C * k[0] ** 3,
+        ),
+        "right for a kernel of 3 only": (lab3.frames_seen, lambda n, k: 1 + 2 * n),
+        "not k / 2": (lab3.frames_seen, lambda n, k: 1 + 2 * n * k / 2),
+        "cut the number off at its 8 frames": (lab3.frames_seen, lambda n, k: min(1 + n * (k - 1), 8)),
+    }
+    for sentence, (exercise, answer) in answers.items():
+        assert sentence.lower() in exercise.verdict(answer).lower(), (sentence, exercise.verdict(answer))
+
+    def in_place_and_right(x, weight, bias):
+        x.copy_(lab3.convolution(x, weight, bias))
+        return x
+
+    assert lab3.temporal_conv.verdict(in_place_and_right) == check.SOLVED
+
+
 def test_lab_4_names_the_mistakes_of_students():
     from colab.checks import lab4
 
@@ -549,9 +680,52 @@ def test_lab_5_names_the_mistakes_of_students():
     def summed(s, weight, bias, c, h):
         return no_bias(s, weight, bias, c, h) / (s.shape[1] * s.shape[2]) + bias[c] / (s.shape[1] * s.shape[2])
 
+    def from_the_end(cls):  # cls[:, -1] at t = 0; only the other end has a condition
+        half, out = cls.shape[-1] // 2, torch.zeros_like(cls)
+        for t in range(cls.shape[1]):
+            if t + 1 < cls.shape[1]:
+                out[:, t, :, :half] = cls[:, t + 1, :, :half]
+            out[:, t, :, half:] = cls[:, t - 1, :, half:]
+        return out
+
+    def crossed(cls):
+        half, padded = cls.shape[-1] // 2, F.pad(cls, (0, 0, 0, 0, 1, 1))
+        return torch.cat([padded[:, :-2, :, half:], padded[:, 2:, :, :half]], dim=-1)
+
+    def both_added(cls):
+        padded = F.pad(cls, (0, 0, 0, 0, 1, 1))
+        return padded[:, 2:] + padded[:, :-2]
+
+    def line(width, known, start=0):
+        (d1, m1), (d2, m2) = known.items()
+        return (m1, m2)[start] + (width - d1) * (m2 - m1) / (d2 - d1)
+
     answers = {
+        "a step is layers // side_layers = 3": (lab5.layers_read, wrong_step),
+        "the numbers should rise": (lab5.layers_read, lambda *a: sorted(lab5.interval_or_top(*a))[::-1]),
+        "For interval, you read the middle": (
+            lab5.layers_read,
+            lambda n, k, fusion: [i * (n // k) + n // k // 2 for i in range(k)] if fusion != "top" else range(n - k, n),
+        ),
+        "cls[:, t - 1] at t = 0 is cls[:, -1]": (lab5.cls_shift, from_the_end),
+        "The halves changed places": (lab5.cls_shift, crossed),
+        "You added the two frames": (lab5.cls_shift, both_added),
+        "you took their mean": (
+            lab5.class_map,
+            lambda s, w, b, c, h: ((s * w[c]).mean(-1) + b[c]).unflatten(-1, (h, -1)),
+        ),
+        "yours the other way round": (lab5.class_map, lambda s, w, b, c, h: (s @ w[c] + b[c]).unflatten(-1, (-1, h))),
+        "divided it by the number of patches": (
+            lab5.class_map,
+            lambda s, w, b, c, h: (s @ w[c] + b[c] / s.shape[2]).unflatten(-1, (h, -1)),
+        ),
+        "the MiB of one and the width of the other": (lab5.predict_mib, lambda width, known: line(width, known, 1)),
+        "the nearest known width": (lab5.predict_mib, lambda w, known: known[min(known, key=lambda d: abs(d - w))]),
         "each step ends with the block that is read": (lab5.layers_read, from_zero),
-        "layers_read(12, 4, 'interval') gives 3 blocks; it should give 4": (lab5.layers_read, wrong_step),
+        "layers_read(12, 4, 'interval') gives 6 blocks; it should give 4.": (
+            lab5.layers_read,
+            lambda n, k, _: range(1, n, 2),
+        ),
         "You read the first block of each step, whatever": (lab5.layers_read, lambda n, k, _: range(0, n, n // k)),
         "`known` does not always have the width 320": (lab5.predict_mib, lambda width, known: known[320] * width / 320),
         "Return a list of block numbers": (lab5.layers_read, lambda layers, side_layers, fusion: layers // side_layers),

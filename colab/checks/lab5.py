@@ -29,6 +29,23 @@ def changed_blocks(interval=interval_or_top, top=interval_or_top):
         ),
         ("Blocks are numbered from 0 here; you numbered them from 1.", lambda *a: [i + 1 for i in interval_or_top(*a)]),
         (
+            "For interval, blocks are numbered from 0 as well: the last one is number layers - 1.",
+            changed_blocks(interval=lambda n, k, _: list(range(n // k, n + 1, n // k))),
+        ),
+        (
+            "For interval, you read the middle of each step; the last block of it is read.",
+            changed_blocks(interval=lambda n, k, _: [i + (n // k) // 2 for i in range(0, n, n // k)]),
+        ),
+        (
+            "For interval, you spread the blocks from the first to the last; steps are equal, and each ends with its block.",
+            changed_blocks(interval=lambda n, k, _: torch.linspace(0, n - 1, k).long().tolist()),
+        ),
+        (
+            "For top, your blocks are one too high: the last one is number layers - 1.",
+            changed_blocks(top=lambda n, k, _: list(range(n - k + 1, n + 1))),
+        ),
+        ("The numbers should rise; you begin with the last block.", lambda *a: interval_or_top(*a)[::-1]),
+        (
             "For top, the last `side_layers` blocks are read; you took the first ones.",
             changed_blocks(top=lambda n, k, _: list(range(k))),
         ),
@@ -56,7 +73,9 @@ def layers_read(definition):
     for (layers, side_layers, fusion), answer in zip(asked, answers):
         if len(answer) != side_layers:
             question = f"layers_read({layers}, {side_layers}, {fusion!r})"
-            raise MistakeError(f"{question} gives {len(answer)} blocks; it should give {side_layers}.")
+            step = f": a step is layers // side_layers = {layers // side_layers} blocks long"
+            step = step if answer == list(range(layers))[side_layers - 1 :: side_layers] else ""
+            raise MistakeError(f"{question} gives {len(answer)} blocks; it should give {side_layers}{step}.")
     return [torch.tensor(answer) for answer in answers]
 
 
@@ -73,6 +92,12 @@ def shifted(cls, first=1, second=-1, outside="zeros", part=lambda d: d // 2):
             x = torch.where(inside, x, cls[..., channels])
         out.append(x * inside if outside == "zeros" else x)
     return torch.cat(out, dim=-1)
+
+
+def half_of(cls, half):
+    """`shifted` with zeros in the other half of the channels"""
+    channels = torch.arange(cls.shape[-1]) >= cls.shape[-1] // 2
+    return shifted(cls) * (channels == bool(half))
 
 
 def interleaved(cls):
@@ -99,6 +124,22 @@ def interleaved(cls):
         ("The first half stayed in its frame; it should come from frame t + 1.", lambda cls: shifted(cls, 0, -1)),
         ("A half is d / 2 channels side by side, not every second channel.", interleaved),
         ("Nothing moved.", lambda cls: cls),
+        ("The second half is zero; it should come from frame t - 1.", lambda cls: half_of(cls, 0)),
+        ("The first half is zero; it should come from frame t + 1.", lambda cls: half_of(cls, 1)),
+        ("You moved by two frames; it is one.", lambda cls: shifted(cls, 2, -2)),
+        ("The input is added; the shifted [CLS] takes its place.", lambda cls: cls + shifted(cls)),
+        (
+            "You added the two frames; one half of the channels comes from each.",
+            lambda cls: shifted(cls, 1, 1) + shifted(cls, -1, -1),
+        ),
+        (
+            "The halves changed places: channels of the second half stand first. Channels stay where they are.",
+            lambda cls: shifted(cls.roll(cls.shape[-1] // 2, -1), -1, 1),
+        ),
+        (
+            "Before the first frame stand zeros, but cls[:, t - 1] at t = 0 is cls[:, -1], the last frame.",
+            lambda cls: torch.cat([half_of(cls, 0).chunk(2, -1)[0], cls.roll(1, 1).chunk(2, -1)[1]], dim=-1),
+        ),
         (
             "You moved clips; frames are dimension 1.",
             lambda cls: shifted(cls.transpose(0, 1)).transpose(0, 1),
@@ -123,6 +164,30 @@ def map_of_a_class(s, weight, bias, c, h):
     reference=map_of_a_class,
     mistakes=[
         ("The bias is missing: the mean of the map is the logit less bias[c].", lambda s, W, b, c, h: map_of_a_class(s, W, 0 * b, c, h)),
+        (
+            "Add the whole bias at each place; you divided it by the number of frames.",
+            lambda s, W, b, c, h: map_of_a_class(s, W, b / s.shape[1], c, h),
+        ),
+        (
+            "Add the whole bias at each place; you divided it by the number of patches.",
+            lambda s, W, b, c, h: map_of_a_class(s, W, b / s.shape[2], c, h),
+        ),
+        (
+            "w_c . s is a sum over the channels; you took their mean.",
+            lambda s, W, b, c, h: map_of_a_class(s, W / s.shape[-1], b, c, h),
+        ),
+        (
+            "That is a softmax over the patches; the numbers themselves are asked for.",
+            lambda s, W, b, c, h: (s @ W[c] + b[c]).softmax(-1).unflatten(-1, (h, -1)),
+        ),
+        (
+            "Those are absolute values: then the mean is no longer the logit.",
+            lambda s, W, b, c, h: map_of_a_class(s, W, b, c, h).abs(),
+        ),
+        (
+            "h is the number of rows: a map has h rows and N / h columns, yours the other way round.",
+            lambda s, W, b, c, h: (s @ W[c] + b[c]).unflatten(-1, (-1, h)),
+        ),
         (
             "Add the whole bias at each place: in the mean over T N places it counts once.",
             lambda s, W, b, c, h: map_of_a_class(s, W, b / (s.shape[1] * s.shape[2]), c, h),
@@ -170,6 +235,26 @@ def on_a_line(width, known):
         (
             "That is in proportion to the width. Something is kept at any width, too: use both points.",
             lambda width, known: [*known.values()][1] * width / [*known][1],
+        ),
+        (
+            "That is in proportion to the width. Something is kept at any width, too: use both points.",
+            lambda width, known: width * sum(known.values()) / sum(known),
+        ),
+        (
+            "That is in proportion to the width. Something is kept at any width, too: use both points.",
+            lambda width, known: width * sum(mib / d for d, mib in known.items()) / 2,
+        ),
+        (
+            "The slope is multiplied with the distance to the known width, width - d1, not with the width.",
+            lambda width, known: next(iter(known.values())) + on_a_line(width, known) - on_a_line(0, known),
+        ),
+        (
+            "The line begins at one of the two points: you took the MiB of one and the width of the other.",
+            lambda width, known: on_a_line(width, known) + [*known.values()][1] - next(iter(known.values())),
+        ),
+        (
+            "That is what the nearest known width keeps.",
+            lambda width, known: known[min(known, key=lambda d: abs(d - width))],
         ),
         (
             "The slope is right; what is kept at any width is missing.",

@@ -1,5 +1,7 @@
 """Checks of lab 6: the four methods side by side, and your own clip."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -33,6 +35,18 @@ def right_direction(predictions, labels, mirror):
             lambda predictions, labels, mirror: (predictions == labels).sum() / (predictions == mirror[labels]).sum(),
         ),
         (
+            "You divided by all clips but those of the mirror class; divide by those of the true class or its mirror.",
+            lambda predictions, labels, mirror: (predictions == labels).sum() / (predictions != mirror[labels]).sum(),
+        ),
+        (
+            "You divided the clips of the mirror class by all errors; the right clips among both classes are asked for.",
+            lambda predictions, labels, mirror: (predictions == mirror[labels]).sum() / (predictions != labels).sum(),
+        ),
+        (
+            "The mirror of class c is mirror[c]; that a pair has the numbers 2 k and 2 k + 1 is not said.",
+            lambda predictions, labels, mirror: (predictions == labels).sum() / (predictions // 2 == labels // 2).sum(),
+        ),
+        (
             "The result is in percent; a share from 0 to 1 is asked for.",
             lambda predictions, labels, mirror: 100 * right_direction(predictions, labels, mirror),
         ),
@@ -44,9 +58,12 @@ def right_direction(predictions, labels, mirror):
 )
 def direction(definition):
     """the right direction, if the pair is right"""
-    labels = torch.randint(6, (101,))
-    predictions = torch.where(torch.rand(101) < 0.4, labels, torch.randint(6, (101,)))
-    return definition(predictions, labels, torch.tensor([3, 5, 4, 0, 2, 1]))
+    results = []
+    for _ in range(3):  # one set alone may give a wrong formula the right number
+        labels = torch.randint(6, (101,))
+        predictions = torch.where(torch.rand(101) < 0.4, labels, torch.randint(6, (101,)))
+        results.append(definition(predictions, labels, torch.tensor([3, 5, 4, 0, 2, 1])))
+    return results
 
 
 def beaten(better, cheaper):
@@ -64,6 +81,11 @@ def unbeaten(accuracy, costs):
     no_worse = (accuracy[:, None] >= accuracy) & (costs[:, None] <= costs).all(-1)  # i is no worse than j
     better = (accuracy[:, None] > accuracy) | (costs[:, None] < costs).any(-1)  # i is better in something
     return ~(no_worse & better).any(0)
+
+
+def ties_beat(accuracy, costs):
+    no_worse = (accuracy[:, None] >= accuracy) & (costs[:, None] <= costs).all(-1)
+    return ~(no_worse & ~torch.eye(len(accuracy), dtype=torch.bool)).any(0)
 
 
 @exercise(
@@ -93,6 +115,30 @@ def unbeaten(accuracy, costs):
             "You took high costs for good ones: a method wins by costs that are lower.",
             lambda accuracy, costs: unbeaten(accuracy, -costs),
         ),
+        (
+            "You let one of two equal methods beat the other; it must also be strictly better in at least one thing.",
+            ties_beat,
+        ),
+        (
+            "You ask for a lower cost in any case; with equal costs, higher accuracy beats as well.",
+            beaten(torch.ge, lambda a, b: (a <= b).all(-1) & (a < b).any(-1)),
+        ),
+        (
+            "You ask for strictly better in everything; equal in some things and better in one beats as well.",
+            beaten(torch.ge, lambda a, b: (a < b).all(-1)),
+        ),
+        (
+            "You compare the costs alone; who beats must have at least the same accuracy, too.",
+            lambda accuracy, costs: unbeaten(0 * accuracy, costs),
+        ),
+        (
+            "You marked the methods that beat nobody; mark those that nobody beats.",
+            lambda accuracy, costs: unbeaten(-accuracy, -costs),
+        ),
+        (
+            "You marked the best in a single thing; a method between them may be unbeaten too.",
+            lambda accuracy, costs: (accuracy == accuracy.max()) | (costs == costs.min(0).values).any(-1),
+        ),
         ("You marked the beaten methods; mark the others.", lambda accuracy, costs: ~unbeaten(accuracy, costs)),
         (
             "You marked only the most accurate method; a cheaper one with less accuracy may be unbeaten too.",
@@ -102,9 +148,9 @@ def unbeaten(accuracy, costs):
 )
 def front(definition):
     """which methods no other one beats"""
-    # Beaten are the fourth to the sixth. The third is beaten too by whoever adds the costs, in any units.
-    accuracy = torch.tensor([91.0, 92.0, 60.0, 91.0, 88.0, 55.0, 95.0, 95.0])
-    costs = torch.tensor([[1, 8], [8, 1], [5, 5], [1, 9], [1, 8.5], [6, 7], [9, 9], [9, 9]])
+    # Beaten are the fourth to the sixth and the last. The third is beaten too by whoever adds the costs, in any units.
+    accuracy = torch.tensor([91.0, 92.0, 60.0, 91.0, 88.0, 55.0, 95.0, 95.0, 90.0])
+    costs = torch.tensor([[1, 8], [8, 1], [5, 5], [1, 9], [1, 8.5], [6, 7], [9, 9], [9, 9], [1, 8]])
 
     def marks(accuracy, costs):
         found = torch.as_tensor(definition(accuracy, costs))
@@ -152,6 +198,38 @@ def names_of_clip(images, texts, scale):
             lambda images, texts, scale: (
                 scale * F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).mean(0)
             ).softmax(-1),
+        ),
+        (
+            "`scale` stands inside of the softmax, where it multiplies the cosines.",
+            lambda images, texts, scale: scale * names_of_clip(images, texts, 1.0),
+        ),
+        (
+            "Multiply the cosines with `scale`; you divided by it.",
+            lambda images, texts, scale: names_of_clip(images, texts, 1 / scale),
+        ),
+        (
+            "`scale` is the factor itself; you took its exponential.",
+            lambda images, texts, scale: names_of_clip(images, texts, math.exp(scale)),
+        ),
+        (
+            "The softmax runs over the texts, and there is one vector for the clip; yours runs over the frames.",
+            lambda images, texts, scale: (
+                (scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T).softmax(0).mean(0)
+            ),
+        ),
+        (
+            "Only the first frame is used; take the mean of all.",
+            lambda images, texts, scale: names_of_clip(images[:1], texts, scale),
+        ),
+        (
+            "F.normalize ran along dim=0 of the texts; a text's vector is a row: dim=-1.",
+            lambda images, texts, scale: (
+                scale * F.normalize(texts, dim=0) @ F.normalize(F.normalize(images, dim=-1).mean(0), dim=-1)
+            ).softmax(-1),
+        ),
+        (
+            "These are logarithms of probabilities: softmax, not log_softmax.",
+            lambda images, texts, scale: names_of_clip(images, texts, scale).log(),
         ),
         (
             "`scale` is missing: cosines lie between -1 and 1, and their softmax is nearly uniform.",
@@ -222,12 +300,45 @@ def flipped(dimension):
             "Clips and copies take turns; all clips as filmed come first, then their copies.",
             lambda v, y: tuple(torch.stack(list(some.chunk(2)), 1).flatten(0, 1) for some in with_mirrors(v, y)),
         ),
+        (
+            "Both halves are reversed; the clips as filmed come first.",
+            lambda v, y: (torch.cat([v.flip(1)] * 2), with_mirrors(v, y)[1]),
+        ),
+        (
+            "The reversed copies come first; the clips as filmed should.",
+            lambda v, y: (torch.cat([v.flip(1), v]), torch.cat([2 * y + 1, 2 * y])),
+        ),
+        (
+            "The videos are exchanged: their labels say that the clips as filmed come first.",
+            lambda v, y: (torch.cat([v.flip(1), v]), with_mirrors(v, y)[1]),
+        ),
+        (
+            "The labels take turns (2 k, 2 k + 1, ...), the videos do not: first all clips as filmed, then all copies.",
+            lambda v, y: (with_mirrors(v, y)[0], torch.stack([2 * y, 2 * y + 1], 1).flatten()),
+        ),
+        (
+            "Both copies have the label k; as filmed it is 2 k, reversed 2 k + 1.",
+            lambda v, y: (with_mirrors(v, y)[0], torch.cat([y, y])),
+        ),
+        (
+            "Only the copies have new labels; a clip as filmed has 2 k, not k.",
+            lambda v, y: (with_mirrors(v, y)[0], torch.cat([y, 2 * y + 1])),
+        ),
+        (
+            "The labels say only whether a clip is reversed; the gesture counts as well: 2 k and 2 k + 1.",
+            lambda v, y: (with_mirrors(v, y)[0], torch.cat([0 * y, 0 * y + 1])),
+        ),
+        (
+            "You joined along time, dimension 1; the copies are more clips, dimension 0.",
+            lambda v, y: (torch.cat([v, v.flip(1)], 1), with_mirrors(v, y)[1]),
+        ),
+        ("The videos come first, then the labels.", lambda v, y: with_mirrors(v, y)[::-1]),
         ("The clips as filmed are missing; return both.", lambda v, y: (v.flip(1), 2 * y + 1)),
     ],
 )
 def mirrors(definition):
     """gestures, and the same backwards"""
     result = definition(torch.randn(4, 3, 2, 5, 6), torch.tensor([0, 2, 1, 2]))
-    if not isinstance(result, tuple) or len(result) != 2:
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise MistakeError("Return two things: the videos and their labels.")
     return list(result)

@@ -191,7 +191,9 @@ draw.matrices(
 # The block l of AIM changes eq. (1) and (2) of the ViT in this way:
 #
 # $$z^T_l = z_{l-1} + \mathrm{Adapter}(\text{T-MSA}(\mathrm{LN}(z_{l-1})))\tag{3}$$
+#
 # $$z^S_l = z^T_l + \mathrm{Adapter}(\text{S-MSA}(\mathrm{LN}(z^T_l)))\tag{4}$$
+#
 # $$z_l = z^S_l + \mathrm{MLP}(\mathrm{LN}(z^S_l)) + s\cdot\mathrm{Adapter}(\mathrm{LN}(z^S_l))\tag{5}$$
 #
 # The paper calls the three adapters **temporal**, **spatial** and **joint**. MSA, MLP and both LN are frozen: (3) and (4) use `ln_1`, (5) uses `ln_2`. s = 0.5.

@@ -13,7 +13,7 @@
 # **What you need.** Labs 1 to 5, or their papers. Three cells are better with a network or a GPU; without them they say so
 # and pass on, and a stand-in takes the place of your clip.
 #
-# **How to work.** Run the cells in order, write down your **guesses**, and solve the four **exercises**; until yours
+# **How to work.** Run the cells in order (if a name is unknown, run all cells above), write down your **guesses**, and solve the four **exercises**; until yours
 # is right, the notebook goes on with the project's own code.
 
 # %%
@@ -134,8 +134,8 @@ draw.bars(
 )
 
 # %% [markdown]
-# One seed each and 800 clips: a difference of a point or two says nothing about the methods. That all
-# are far above the 50 % of a model without order does. The clips that most of them miss:
+# Each method was trained once, and tested on 800 clips: a difference of a few points says little about the methods. That all
+# are far above the 50 % of a model without order says much. The clips that most of them miss:
 
 # %%
 missed = torch.stack([g != labels for g in guesses.values()]).sum(0)
@@ -229,7 +229,7 @@ for name, (_, tuned, flops, _) in PAPER.items():
     )
 
 # %% [markdown]
-# GFLOPs agree, for ZeroI2V after merging. Memory cannot: a GPU also holds weights, gradients, the optimizer's
+# GFLOPs agree, for ZeroI2V after merging. Memory cannot agree: a GPU also holds weights, gradients, the optimizer's
 # state and work space, the authors' code keeps more than ours, and precisions and GPUs differ.
 #
 # A lesson in reading tables: Side4Video's table 2 gives ST-Adapter 455 GFLOPs and 7 M
@@ -238,8 +238,8 @@ for name, (_, tuned, flops, _) in PAPER.items():
 # for SSv2 too, which is what *four* adapters per block have; its appendix uses six there. Which layouts the papers' memory belongs to, they do
 # not say.
 #
-# **Step time** follows from no formula. It must be measured, and wanders with the machine; hence all methods take turns, and the
-# median counts. At the tiny size most of a step is overhead of small operations.
+# **Step time** follows from no formula. It must be measured, and varies between machines and from run to run; hence all methods take
+# turns, and the median counts. At the tiny size most of a step is overhead of small operations.
 #
 # **Guess.** How many times as long as a forward pass without gradients does a training step of AIM take? And of Side4Video?
 
@@ -316,8 +316,9 @@ for name, model in models.items():
         / 2**20,
         "training step (ms, 8 clips)": step[name],
     }
+print("columns: thousands of tuned parameters, GFLOPs, MiB per clip, milliseconds per step")
 for name, costs in measured.items():
-    print(name, {cost: round(value, 3) for cost, value in costs.items()})
+    print(f"{name:11}", *(f"{value:9.3f}" for value in costs.values()))
 
 # %%
 # PICTURE four_methods.png
@@ -527,7 +528,7 @@ draw.matrices(
 )
 
 # %% [markdown]
-# Each frame names a place, and their order *is* the motion. The mean throws it away: zero-shot naming of clips with CLIP sees
+# The names of the first frames, the middle and the last frames are right (between them the tiny CLIP errs), and their order *is* the motion. The mean throws it away: zero-shot naming of clips with CLIP sees
 # no direction, however good the text.
 #
 # Now your clip, with CLIP ViT-B/16 (WEIGHTS): change the names to what might be in it. Then see where [class] looks. ViT-B/16
@@ -615,7 +616,8 @@ def mirrors(videos, labels):
 
 # %% [markdown]
 # A clip and its copy must go to the same side of the split: otherwise the test shows frames that were trained on. Name
-# your files by gesture below; FRIEND holds clips of somebody else. Without them, toy clips are written to files as if filmed.
+# your files by gesture below, at least two of each; FRIEND holds clips of somebody else, and without it half of yours is set aside in
+# its place. If you name none, toy clips are written to files as if filmed.
 
 # %%
 OWN = {}  # {"wave": ["wave1.mp4", ...], "nod": ["nod1.mp4", ...]}
@@ -625,16 +627,18 @@ if not OWN:
     for name in ("moves right", "grows"):
         number = list(toy.PAIRS).index(name)
         OWN[name] = lab.film(name, range(number, 80, 5)[: 8 if FAST else 16], "train", folder.name)
-        FRIEND[name] = lab.film(
-            name, range(number, 200, 5)[: 10 if FAST else 30], "val", folder.name
-        )
+        numbers = range(number, 200, 5)[: 10 if FAST else 30]
+        FRIEND[name] = lab.film(name, numbers, "val", folder.name)
+elif not FRIEND:
+    FRIEND = {name: paths[1::2] for name, paths in OWN.items()}
+    OWN = {name: paths[::2] for name, paths in OWN.items()}
 
 
 def read(files, size, limit=None):
     """{gesture: files} -> uint8 clips of 16 frames, labels"""
     videos, labels = [], []
-    for k, paths in enumerate(files.values()):
-        for path in paths[:limit]:
+    for k, name in enumerate(OWN):  # the same number for a gesture in OWN and in FRIEND
+        for path in files[name][:limit]:
             video = data.Video(path)
             frames = video.read(data.segments(len(video), 16), short_side=size)
             frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
@@ -644,7 +648,7 @@ def read(files, size, limit=None):
 
 
 for name, paths in OWN.items():
-    print(f"{name}: {len(paths)} clips of yours, {len(FRIEND.get(name, []))} of your friend")
+    print(f"{name}: {len(paths)} clips to train on, {len(FRIEND[name])} to test on")
 
 
 # %%
@@ -684,7 +688,8 @@ def tiny_model(name, seed):
 # **Guess.** AIM after 1, 4 and 16 films of each gesture? And the linear probe, which sees no order?
 
 # %%
-films = (1, 8) if FAST else (1, 4, 16)
+fewest = min(len(paths) for paths in OWN.values())
+films = sorted({min(count, fewest) for count in ((1, 8) if FAST else (1, 4, 16))})
 friend_x, friend_y = read(FRIEND, 64)
 friend_x, friend_y = mirrors(friend_x[:, data.segments(16, 8)], friend_y)  # the same 8 frames
 runs = {"AIM": [], "linear probe": []}
@@ -718,7 +723,8 @@ draw.bars(
 # whatever you film. The paper's figure 3 asks the same on Kinetics-400: with 1 % of the training videos, some six per class, AIM is 8.9 points above
 # a TimeSformer of which all weights are tuned. There, unlike here, appearance helps.
 #
-# What does the last AIM say of one friend's clip, as filmed and backwards? Look at several: a sure prediction need not be right.
+# What does the last AIM say of one friend's clip, as filmed and backwards? Is it sure of the gesture? Of the direction? Change `asked` and look
+# at several clips: a sure prediction need not be right.
 
 # %%
 names = [part for name in OWN for part in (name, f"{name}, reversed")]
@@ -744,7 +750,7 @@ if large and device.type == "cuda":
     model = aim.AIM(copy.deepcopy(large[0].visual), 2 * len(OWN), num_frames=8)
     common.cast_frozen(model, world.dtype)
     fit(model, *mirrors(*read(OWN, 224)), steps=5 if FAST else 100, lr=3e-4)
-    large_x, large_y = mirrors(*read(FRIEND or OWN, 224))
+    large_x, large_y = mirrors(*read(FRIEND, 224))
     with world.autocast():
         p = predict(model, large_x[:, data.segments(16, 8)])
     print(
