@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import data
 import train
-from colab import videos
+from colab import toy, videos
 from data import DATASETS, find_clips, video_files_in
 
 WORDS = {".mp4": ("libx264", "yuv420p"), ".webm": ("libvpx-vp9", "yuv420p"), ".avi": ("mpeg4", "yuv420p")}
@@ -530,15 +530,18 @@ def test_captions_that_no_file_holds_are_said(tmp_path):
         find_clips("msrvtt", tmp_path)
 
 
-def test_videos_with_captions_train_and_are_evaluated(tmp_path, capsys):
+def test_videos_with_captions_train_and_are_evaluated(tmp_path, capsys, monkeypatch):
+    said, tokenize = [], toy.tokenize
+    monkeypatch.setattr(toy, "tokenize", lambda texts: said.append(sorted(texts)) or tokenize(texts))
     splits = msvd(tmp_path, "")
     for i, name in enumerate(name for captions in splits.values() for name in captions):
         write(tmp_path / f"{name}.avi", i)
     (tmp_path / "-4ws_val0_5_15.avi").write_text("broken")
     (tmp_path / "-4ws_train0_5_15.avi").unlink()
-    toy = "--backbone ViT-Toy-16 --pretrained shipped --num-frames 4 --batch-size 2 --epochs 1 --device cpu --workers 0"
+    small = "--backbone ViT-Toy-16 --pretrained shipped --num-frames 4 --batch-size 2 --epochs 1 --device cpu --workers 0"
     argv = ["--method", "side4video", "--data", "msvd", "--data-root", str(tmp_path), "--out", str(tmp_path / "run")]
-    result = train.main([*argv, *toy.split(), "--set", "width=64"])
+    result = train.main([*argv, *small.split(), "--set", "width=64"])
+    assert said[0] == ["a train 1", "the same again"]  # each caption of the only video that is left, in the only step
     assert result["videos"] == 1 and "over the mirror" not in result
     assert "train: 1 of 2 videos are missing" in capsys.readouterr().out
     assert "val0" in (tmp_path / "run/skipped.txt").read_text()
