@@ -538,7 +538,7 @@ def test_videos_with_captions_train_and_are_evaluated(tmp_path, capsys, monkeypa
         write(tmp_path / f"{name}.avi", i)
     (tmp_path / "-4ws_val0_5_15.avi").write_text("broken")
     (tmp_path / "-4ws_train0_5_15.avi").unlink()
-    small = "--backbone ViT-Toy-16 --pretrained shipped --num-frames 4 --batch-size 2 --epochs 1 --device cpu --workers 0"
+    small = "--backbone ViT-Toy-16 --pretrained shipped --num-frames 4 --batch-size 2 --epochs 1 --device cpu"
     argv = ["--method", "side4video", "--data", "msvd", "--data-root", str(tmp_path), "--out", str(tmp_path / "run")]
     result = train.main([*argv, *small.split(), "--set", "width=64"])
     assert said[0] == ["a train 1", "the same again"]  # each caption of the only video that is left, in the only step
