@@ -223,6 +223,9 @@ def test_text_features_equal_open_clips(tmp_path, quick):
     torch.testing.assert_close(ours, theirs.encode_text(ids), atol=1e-5, rtol=0)
     torch.testing.assert_close(tower(ids[:, :32]), g[:, :32], atol=1e-5, rtol=0)  # causal: what follows changes nothing
     assert tower.logit_scale == theirs.logit_scale
+    texts = ["A red ring!", "moves " * 40]  # of 32 tokens, cut so that [end] is the last
+    assert torch.equal(tower.tokenize(texts), open_clip.get_tokenizer("ViT-B-16", context_length=32)(texts))
+    assert tower.tokenize(texts).argmax(1).tolist() == [5, 31]
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(vit(images), theirs.encode_image(images), atol=1e-5, rtol=0)
 
