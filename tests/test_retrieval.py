@@ -385,6 +385,8 @@ def test_the_mirror_share_counts_the_captions_that_prefer_their_own_video(folder
     dataset = data.VideoDataset(found.val, 8, 64)
     result, _ = train.evaluate(model, dataset, found, run, world, tmp_path / "val_classes.csv")
     assert result["over the mirror"] == pytest.approx(share, abs=0.1) and share > 60
+    # A signal ends an evaluation before all videos are seen: there is no result, and the loop stops.
+    assert train.evaluate(model, dataset, found, run, world, tmp_path / "val_classes.csv", [2]) == ({}, [])
 
 
 def test_a_resumed_run_ends_with_the_same_weights(trained, folder, tmp_path, monkeypatch):
