@@ -64,6 +64,7 @@ draw.strips(
     {captions[i]: videos[i].permute(0, 2, 3, 1).numpy() for i in shown},
     f"Figure 1. Two of the {len(videos)} validation clips and their mirrors in time, with their captions.",
     pairs=True,
+    numbers=range(1, T + 1),
 )
 
 # %% [markdown]
@@ -626,6 +627,7 @@ draw.strips(
     },
     f"Figure 11. The five of {len(test_videos)} test clips that fit '{SENTENCE}' best, with their captions and the similarity. "
     f"{test_captions.count(SENTENCE)} clip has exactly this caption.",
+    numbers=range(1, T + 1),
     width=9,
 )
 for sentence in ("left moves ring green a", "a green ring moves", "a jade doughnut moves left"):
