@@ -272,3 +272,34 @@ def over_time(frames, place, weights, caption, marked=None, size=16, width=8.0, 
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
     finish(fig, caption, photo=True)
+
+
+def matching(cosine, w, u, rows, columns, caption, width=7.2, height=5.0):
+    """Cosines (n, m) with their maxima: a circle at the largest of a row, a square at the largest of a column.
+
+    w (n,), u (m,): weights of the rows and of the columns, drawn as bars beside and below.
+    """
+    plt.rcParams.update(STYLE)
+    ratios = dict(width_ratios=[4.5, 1], height_ratios=[4, 1])
+    fig, ((ax, right), (below, corner)) = plt.subplots(
+        2, 2, figsize=(width, height), layout="constrained", gridspec_kw=ratios
+    )
+    corner.axis("off")
+    cosine, w, u = (np.asarray(values) for values in (cosine, w, u))
+    ax.imshow(cosine, cmap="Greys", vmin=0, vmax=1.6 * cosine.max(), aspect="auto")
+    for (i, j), value in np.ndenumerate(cosine):
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    for i, j in enumerate(cosine.argmax(1)):
+        ax.plot(j, i, "o", ms=25, mfc="none", mec="black", mew=1.2)
+    for j, i in enumerate(cosine.argmax(0)):
+        ax.plot(j, i, "s", ms=29, mfc="none", mec="black", mew=1.8)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.tick_params(length=0)
+    bars = right.barh(range(len(rows)), w, color="0.6", ec="black", lw=0.6)
+    right.bar_label(bars, [f"{value:.2f}" for value in w], padding=2, fontsize=8)
+    right.set(ylim=ax.get_ylim(), yticks=[], xticks=[], xlim=(0, 1.4 * max(w)), title="weights w")
+    bars = below.bar(range(len(columns)), u, color="0.6", ec="black", lw=0.6)
+    below.bar_label(bars, [f"{value:.2f}" for value in u], padding=1, fontsize=8)
+    below.set(xlim=ax.get_xlim(), xticks=[], yticks=[], ylim=(0, 1.4 * max(u)), ylabel="weights u")
+    finish(fig, caption)

@@ -176,3 +176,14 @@ CAMERA = """(async () => {
   for (const byte of bytes) text += String.fromCharCode(byte);
   return btoa(text);
 })()"""
+
+
+def captions(split, labels, pairs):
+    """Captions of the toy clips that `load` gives, such as "a red ring moves left"; they are those of toy.captioned."""
+    texts = []
+    for label, number in zip(labels.tolist(), pairs.tolist()):
+        name = CLASSES[label]
+        painted = name if name in toy.PAIRS else MIRROR[name]  # the clip that was painted; its mirror looks the same
+        rng = np.random.default_rng([SPLITS.index(split), number])
+        texts.append(f"{toy.subject(painted, rng)} {name.removeprefix('two ')}")
+    return texts

@@ -746,3 +746,62 @@ def test_lab_5_names_the_mistakes_of_students():
     }
     for sentence, (exercise, answer) in answers.items():
         assert sentence.lower() in exercise.verdict(answer).lower()
+
+
+def test_lab_7_names_the_mistakes_of_students():
+    from colab.checks import lab7
+
+    def minus_infinity(cosine, mask, w, u):
+        c = cosine.masked_fill(~mask[:, None], -torch.inf)
+        w = w.masked_fill(~mask, -torch.inf).softmax(0)
+        return 0.5 * ((w * c.amax(1)).sum() + (u.softmax(0) * c.amax(0)).sum())
+
+    def sliced(cosine, mask, w, u):
+        n = int(mask.sum())
+        return 0.5 * (w[:n].softmax(0) @ cosine[:n].amax(1) + u.softmax(0) @ cosine[:n].amax(0))
+
+    def unmasked(cosine, mask, w, u):
+        c = cosine * mask[:, None]
+        return 0.5 * (w.softmax(0) @ c.amax(1) + u.softmax(0) @ c.amax(0))
+
+    def sorted_place(similarity, K):  # argsort gives places from 0
+        places = similarity.argsort(1, descending=True) == torch.arange(len(similarity))[:, None]
+        return 100 * (places.float().argmax(1) <= K).float().mean()
+
+    def by_columns(similarity, K):
+        return 100 * ((similarity > similarity.diag()).sum(0) < K).float().mean()
+
+    def one_direction(similarity, scale):
+        return F.cross_entropy(scale * similarity, torch.arange(len(similarity)))
+
+    def no_mean(similarity, captions):
+        return torch.stack([group.sum(0) / len(group) for group in similarity.split(captions)]).T
+
+    answers = {
+        "It gives nan: 0 times -inf": (lab7.match, minus_infinity),
+        "You left the padded tokens out": (lab7.match, sliced),
+        "Put -inf there before the softmax": (lab7.match, unmasked),
+        "you have room for one place too many": (lab7.recall_at, sorted_place),
+        "That is video-to-text": (lab7.recall_at, by_columns),
+        "Only the rows are there": (lab7.symmetric_loss, one_direction),
+        "That is the sum of the two losses": (
+            lab7.symmetric_loss,
+            lambda s, k: one_direction(s, k) + one_direction(s.T, k),
+        ),
+        "You took the mean of the captions": (lab7.best_caption, no_mean),
+        "The table is transposed": (
+            lab7.best_caption,
+            lambda s, c: torch.stack([group.max(0)[0] for group in s.split(c)]),
+        ),
+    }
+    for sentence, (exercise, answer) in answers.items():
+        assert sentence.lower() in exercise.verdict(answer).lower(), (sentence, exercise.verdict(answer))
+
+
+def test_captions_of_clips_in_memory_are_those_of_the_files():
+    _, labels, pairs = lab.load("train", [0], 40, fast=True)
+    names = [lab.CLASSES[label] for label in labels]
+    listed = [(name, f"train/{name}/{number:04d}.mp4") for name, number in zip(names, pairs.tolist())]
+    captions, mirrors = toy.captioned({"train": listed, "val": [], "test": []})
+    assert captions["train"] == list(zip(lab.captions("train", labels, pairs), (path for _, path in listed)))
+    assert all(mirrors[a] == b for (_, a), (_, b) in zip(listed[::2], listed[1::2]))
