@@ -13,6 +13,7 @@ import os
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import av
 import numpy as np
@@ -151,11 +152,30 @@ def captioned(listed):
     return captions, mirrors
 
 
+# The words of captions. Those that the tiny CLIP has read come first; the others are in PAIRS, or join two shapes.
+PLACES = "a tiny small large huge top upper middle lower bottom leftmost left center right rightmost"
+WORDS = " ".join([PLACES, *COLORS, *SHAPES, *PAIRS, *PAIRS.values(), "an and"]).split()
+
+
+@cache
+def number_words(vocabulary):
+    """A number from 1 to vocabulary - 3 for each of WORDS: a hash, or the next number that no word before it has"""
+    numbers = {}
+    for word in dict.fromkeys(WORDS):
+        numbers[word] = 1 + zlib.crc32(word.encode()) % (vocabulary - 3)
+        while list(numbers.values()).count(numbers[word]) > 1:
+            numbers[word] = 1 + numbers[word] % (vocabulary - 3)
+    return numbers
+
+
 def tokenize(captions, context_length=8, vocabulary=1024):
-    """Words -> hashed word numbers (B, context_length), between a start and an end token: no vocabulary is kept."""
-    tokens = torch.zeros(len(captions), context_length, dtype=torch.long)
+    """Texts -> numbers of their words (B, context_length), between a start and an end token
+
+    A word that the toy world does not know has a hash as its number, which may be that of another word.
+    """
+    tokens, known = torch.zeros(len(captions), context_length, dtype=torch.long), number_words(vocabulary)
     for row, caption in zip(tokens, captions):
-        words = [1 + zlib.crc32(word.encode()) % (vocabulary - 3) for word in caption.split()]
+        words = [known.get(word, 1 + zlib.crc32(word.encode()) % (vocabulary - 3)) for word in caption.split()]
         if len(words) > context_length - 2:
             raise ValueError(f"{caption!r} has more than {context_length - 2} words")
         row[: len(words) + 2] = torch.tensor([vocabulary - 2, *words, vocabulary - 1])

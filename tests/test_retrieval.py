@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import common
 import data
 import side4video
 import train
-from colab import retrieval, tables, toy
+from colab import retrieval, tables, toy, train_toy_clip
 from common import L14, TextTower, ViT
 from side4video import Side4VideoRetrieval, load_official
 
@@ -320,6 +321,17 @@ def test_a_toy_caption_says_what_was_painted(folder, monkeypatch):
             assert found.mirrors[found.mirrors[path]] == path and mirror != caption
             assert mirror.split()[:3] == caption.split()[:3]
     assert toy.subject("grows", np.random.default_rng([0, 2])).split()[0] in ("a", "an")
+
+
+def test_no_two_words_have_the_same_number_and_the_tiny_clips_words_keep_theirs(folder):
+    captions = data.find_clips("toy_captions", folder).captions.values()
+    read = ["a", *train_toy_clip.SIZES, *train_toy_clip.ROWS, *train_toy_clip.COLUMNS, *toy.COLORS, *toy.SHAPES]
+    words = sorted({word for texts in captions for text in texts for word in text.split()} | set(read))
+    numbers = toy.tokenize(words)[:, 1].tolist()
+    assert len(set(numbers)) == len(words) > 35 and max(numbers) < 1022
+    hashes = [1 + zlib.crc32(word.encode()) % 1021 for word in read]  # its embeddings were trained with these
+    assert toy.tokenize(read)[:, 1].tolist() == hashes
+    assert toy.tokenize(["a strange ring"])[0, 4] == 1023 and toy.tokenize([""]).tolist() == [[1022, 1023, *6 * [0]]]
 
 
 def test_clips_with_the_same_caption_are_tested_once(folder, monkeypatch):
