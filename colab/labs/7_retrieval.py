@@ -138,9 +138,9 @@ def compare(model, captions, f):
 
 zero = new_model().eval().requires_grad_(False)
 shipped, _ = train.load_model(project / "colab" / "checkpoints" / "retrieval.pt")
-model = new_model()
+model = new_model().eval()
 common.load_tuned(model, common.tuned_state(shipped), "that was shipped")
-model.eval().requires_grad_(False)
+model = model.requires_grad_(False)
 
 # %%
 features = {"zero-shot": encode(zero, videos), "trained": encode(model, videos)}
