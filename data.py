@@ -324,9 +324,10 @@ def captioned(listed):
     """-> {split: [Clip(path, number of the caption), ...]}, {path: its captions}; val and test have each video once"""
     clips, captions = {}, {}
     for split, pairs in listed.items():
-        for caption, path in pairs:
+        there = [(caption, path) for caption, path in pairs if path]
+        for caption, path in there:
             captions.setdefault(path, []).append(caption)
-        paths = dict.fromkeys(path for _, path in pairs if path)
+        paths = dict.fromkeys(path for _, path in there)
         clips[split] = [Clip(p, k) for p in paths for k in range(len(captions[p]) if split == "train" else 1)]
     return clips, captions
 

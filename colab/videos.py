@@ -69,9 +69,12 @@ def inspect_all(paths, workers):
 def check(args):
     """Reads every video of a dataset once, and lists the broken ones."""
     data = find_clips(args.data, args.data_root, args.val_data, args.annotations, args.fold)
-    counts = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in SPLITS)
-    print(f"{args.data}: {len(data.classes)} classes; videos: {counts}", *data.missing, sep="\n")
-    paths = sorted({clip.path for split in SPLITS for clip in getattr(data, split)})
+    videos = {split: {clip.path for clip in getattr(data, split)} for split in SPLITS}
+    counts = ", ".join(f"{len(paths):,} {split}" for split, paths in videos.items())
+    captions = sum(map(len, data.captions.values()))
+    labels = f"{captions:,} captions" if captions else f"{len(data.classes)} classes"
+    print(f"{args.data}: {labels}; videos: {counts}", *data.missing, sep="\n")
+    paths = sorted(set().union(*videos.values()))
     results = list(tqdm(inspect_all(paths, args.workers), total=len(paths), unit="video", dynamic_ncols=True))
     frames = [num_frames for num_frames, problem in results if not problem] or [0]
     print(f"frames per video: {min(frames)} to {max(frames)}, median {int(np.median(frames))}")

@@ -515,7 +515,7 @@ def test_captions_are_found_in_the_files_that_people_have(make, layout, gone, tm
         assert sorted(getattr(found, split)) == sorted((path, k) for path, ks in numbers.items() for k in ks)
     videos = len(splits["train"])
     assert found.missing == ((f"train: 1 of {videos} videos are missing",) if gone else ())
-    assert found.classes == [] and found.flip == {}
+    assert found.classes == [] and found.flip == {} and "" not in found.captions
 
 
 def test_captions_that_no_file_holds_are_said(tmp_path):
@@ -548,3 +548,5 @@ def test_videos_with_captions_train_and_are_evaluated(tmp_path, capsys, monkeypa
     test = ["--eval", "--split", "test", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--device", "cpu"]
     assert train.main(test)["videos"] == 2
     assert len((tmp_path / "run/ranks.csv").read_text().splitlines()) == 1 + 4 + 2
+    videos.main(["check", "--data", "msvd", "--data-root", str(tmp_path), "--out", str(tmp_path / "broken.txt")])
+    assert "msvd: 10 captions; videos: 1 train, 2 val, 2 test" in capsys.readouterr().out
