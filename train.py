@@ -129,7 +129,7 @@ def parameter_groups(model, run):
         if p.requires_grad:
             decay = 0.0 if p.ndim < 2 or "embedding" in name else run["weight_decay"]
             rate = run["embedding_lr"] if "embedding" in name else 1.0
-            rate *= run["clip_lr"] if name.startswith(("vit.", "text.")) else 1.0
+            rate *= run.get("clip_lr", 1.0) if name.startswith(("vit.", "text.")) else 1.0
             groups.setdefault((decay, rate), []).append(p)
     return [{"params": ps, "weight_decay": decay, "rate": rate} for (decay, rate), ps in groups.items()]
 
