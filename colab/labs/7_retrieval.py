@@ -462,7 +462,7 @@ draw.bars(
 )
 
 # %% [markdown]
-# Motion and colour are learned; the model mistakes the *shape*.
+# Motion is learned, and mostly the colour; the model mistakes the *shape*.
 #
 # ## 6. The loss
 #
