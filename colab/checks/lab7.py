@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from colab.check import MistakeError, exercise, progress, same, solution  # noqa: F401  for the notebook
 
+MAX = "max along a dimension gives two things, the values and their places: take amax, or max(...).values."
+
 
 def two_maxima(cosine, mask, w, u, padded=0.0, weights="masked", parts=(0.5, 0.5), over=torch.amax, frames="softmax"):
     """padded: the similarity of a padded token, None for its cosine. over: what takes the place of the maximum."""
@@ -90,6 +92,8 @@ def misfit(definition):
         ("Only the half of the tokens is there; the half of the frames is missing.", lambda *a: two_maxima(*a, parts=(1, 0))),
         ("Only the half of the frames is there; the half of the tokens is missing.", lambda *a: two_maxima(*a, parts=(0, 0.5))),
         ("Only the half of the frames is there; the half of the tokens is missing.", lambda *a: two_maxima(*a, parts=(0, 1))),
+        ("You took means over tokens and frames; the weights add up to 1 already, therefore take sums.", lambda cosine, mask, w, u: 0.5 * (two_maxima(cosine, mask, w, u, parts=(1, 0)) / len(w) + two_maxima(cosine, mask, w, u, parts=(0, 1)) / len(u))),
+        ("There is no maximum: each token looks for its *best* frame, each frame for its best token.", lambda cosine, mask, w, u: w.masked_fill(~mask, -torch.inf).softmax(0) @ (cosine * mask[:, None]) @ u.softmax(0)),
         ("You took means where maxima are wanted.", lambda *a: two_maxima(*a, over=torch.mean)),
         ("The weights need a softmax: w and u are what goes into it.", lambda *a: two_maxima(*a, weights="raw", frames="raw")),
         ("The frame weights u need a softmax.", lambda *a: two_maxima(*a, frames="raw")),
@@ -112,6 +116,10 @@ def match(definition):
         except RuntimeError as error:
             if not isinstance(error, NotImplementedError) and (sentence := misfit(definition)):
                 raise MistakeError(sentence) from error
+            raise
+        except TypeError as error:
+            if "return_types" in str(error) or "converted to an index" in str(error):
+                raise MistakeError(MAX) from error
             raise
         if torch.is_tensor(result) and result.isnan().any():
             if mask.all():  # no token is padded, and all have -inf
@@ -149,6 +157,7 @@ def within(ranks, K):
             "argsort gives the clip at each place, and not the place of each clip: count the similarities that are greater.",
             lambda s, K: within(s.argsort(1, descending=True).diag(), K),
         ),
+        ("Each row has its own right score, therefore compare with diag()[:, None]; you compared each column with one.", lambda s, K: 100 * ((s > s.diag()).sum(1) < K).double().mean()),
         ("Ranks up to K count, not rank K alone.", lambda s, K: 100 * (ranks_of(s) == K).double().mean()),
         ("Each caption has one right clip: do not divide by K.", lambda s, K: within(ranks_of(s), K) / K),
         ("That is the share of captions whose video is *not* found.", lambda s, K: 100 - within(ranks_of(s), K)),
@@ -158,6 +167,9 @@ def recall_at(definition):
     """R@K of a matrix"""
     similarity = torch.randn(60, 60) + 1.5 * torch.eye(60)
     return [definition(similarity.clone(), K) for K in (1, 3, 7)]
+
+
+EQUALLY = "The videos do not have equally many captions: `captions` says how many each has."
 
 
 def best_of_each(similarity, captions, how=lambda rows: rows.amax(0)):
@@ -174,12 +186,26 @@ def best_of_each(similarity, captions, how=lambda rows: rows.amax(0)):
         ("You took the maximum with 0, too: start from -inf, for a similarity may be negative.", lambda s, c: best_of_each(s, c).clamp(min=0)),
         ("That is the number of the best caption, argmax; its similarity is wanted.", lambda s, c: best_of_each(s, c, lambda rows: rows.argmax(0))),
         ("You added the captions of a video up; the best of them counts.", lambda s, c: best_of_each(s, c, lambda rows: rows.sum(0))),
-        ("The videos do not have equally many captions: `captions` says how many each has.", lambda s, c: best_of_each(s[: len(s) // len(c) * len(c)], len(s) // len(c))),
+        (EQUALLY, lambda s, c: best_of_each(s, c[0])),
+        (EQUALLY, lambda s, c: best_of_each(s[: len(s) // len(c) * len(c)], len(s) // len(c))),
     ],
 )  # fmt: skip
 def best_caption(definition):
     """the best caption of each video"""
-    return [definition(torch.randn(sum(counts), len(counts)), counts) for counts in ([3, 1, 2, 5], [2, 2, 1])]
+    try:
+        return [definition(torch.randn(sum(counts), len(counts)), counts) for counts in ([3, 1, 2, 5], [2, 2, 1])]
+    except TypeError as error:
+        if "return_types" in str(error):
+            raise MistakeError(MAX) from error
+        raise
+    except RuntimeError as error:
+        if "equal size" in str(error):
+            raise MistakeError(
+                "The groups have different sizes: take the maximum over the captions, dimension 0, before the stack."
+            ) from error
+        if "invalid for input of size" in str(error):
+            raise MistakeError(EQUALLY) from error
+        raise
 
 
 EXP = "`scale` is already the number to multiply with; you took exp of it."
@@ -202,6 +228,9 @@ def symmetric(similarity, scale, rows=0.5, columns=0.5, reduction="mean"):
         ("`scale` is missing.", lambda s, k: symmetric(s, 1)),
         ("Multiply with `scale`; you divided by it.", lambda s, k: symmetric(s, 1 / k)),
         (EXP, lambda s, k: symmetric(s, torch.tensor(k).exp())),
+        ("`scale` belongs into the softmax: multiply the similarities, not the loss.", lambda s, k: k * symmetric(s, 1)),
+        ("cross_entropy takes the mean over the batch already: do not divide by B again.", lambda s, k: symmetric(s, k) / len(s)),
+        ("The log is missing: the loss is -log of the probability of the right pair.", lambda s, k: -0.5 * ((k * s).softmax(1).diag().mean() + (k * s).softmax(0).diag().mean())),
         ("You added the losses of the batch up; take their mean.", lambda s, k: symmetric(s, k, reduction="sum")),
         (
             "That is the probability of the right pair; the loss is -log of it.",
@@ -230,4 +259,8 @@ def symmetric_loss(definition):
     except (AttributeError, TypeError) as error:
         if re.search(r"\bexp\b", str(error)):  # of a number, which is no tensor
             raise MistakeError(EXP) from error
+        raise
+    except RuntimeError as error:
+        if "Long" in str(error) and "Float" in str(error):
+            raise MistakeError("The targets are whole numbers, 0 to B - 1: torch.arange(B).") from error
         raise
