@@ -453,7 +453,7 @@ def in_front(similarity):
 places = {name: in_front(tables[name, "wti"]) for name in features}
 first = enumerate(tables["trained", "wti"].argmax(1).tolist())
 other = [(i, j) for i, j in first if names[i] == names[j] and look[i] != look[j]]
-only_shape = 100 * sum(colours[i] == colours[j] for i, j in other) / len(other)
+only_shape = 100 * sum(colours[i] == colours[j] for i, j in other) / max(len(other), 1)
 draw.bars(
     {kind: {name: places[name][kind] for name in places} for kind in places["trained"]},
     "Figure 7. What stands in the first place; 'look right' means another motion, and not the mirror. Trained: the mirror "
