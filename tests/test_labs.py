@@ -775,6 +775,27 @@ def test_lab_7_names_the_mistakes_of_students():
     def one_direction(similarity, scale):
         return F.cross_entropy(scale * similarity, torch.arange(len(similarity)))
 
+    def inverted(cosine, mask, w, u):
+        w = w.masked_fill(mask, -torch.inf).softmax(0)
+        c = cosine * mask[:, None]
+        return 0.5 * (w @ c.amax(1) + u.softmax(0) @ c.amax(0))
+
+    def across(cosine, mask, w, u):
+        c = cosine * mask
+        return 0.5 * (w.masked_fill(~mask, -torch.inf).softmax(0) @ c.amax(1) + u.softmax(0) @ c.amax(0))
+
+    def swapped(cosine, mask, w, u):
+        c = cosine.masked_fill(~mask[:, None], 0)
+        return 0.5 * (w.masked_fill(~mask, -torch.inf).softmax(0) @ c.amax(0) + u.softmax(0) @ c.amax(1))
+
+    def from_zero(similarity, captions):
+        table, start = torch.zeros(len(captions), len(captions)), 0
+        for k, n in enumerate(captions):
+            for row in similarity[start : start + n]:
+                table[:, k] = torch.maximum(table[:, k], row)
+            start += n
+        return table
+
     def no_mean(similarity, captions):
         return torch.stack([group.sum(0) / len(group) for group in similarity.split(captions)]).T
 
@@ -782,6 +803,24 @@ def test_lab_7_names_the_mistakes_of_students():
         "It gives nan: 0 times -inf": (lab7.match, minus_infinity),
         "You left the padded tokens out": (lab7.match, sliced),
         "Put -inf there before the softmax": (lab7.match, unmasked),
+        "The caption's own tokens got -inf": (lab7.match, inverted),
+        "mask[:, None] has the shape (L, 1)": (lab7.match, across),
+        "w belongs to the tokens": (lab7.match, swapped),
+        "It stops with RuntimeError": (lab7.match, lambda cosine, mask, w, u: cosine @ w),
+        "you took exp of it": (lab7.symmetric_loss, lambda s, k: one_direction(s, k.exp())),
+        "You took exp of it": (lab7.symmetric_loss, lambda s, k: one_direction(s, torch.exp(k))),
+        "The targets are whole numbers": (lab7.symmetric_loss, lambda s, k: F.cross_entropy(k * s, s.diag())),
+        "take amax": (lab7.match, lambda cosine, mask, w, u: (w * cosine.max(1)).sum()),
+        "or max(...).values": (
+            lab7.best_caption,
+            lambda s, c: torch.stack([group.max(0) for group in s.split(c)]).T,
+        ),
+        "over the captions, dimension 0": (
+            lab7.best_caption,
+            lambda s, c: torch.stack([group.amax(1) for group in s.split(c)]),
+        ),
+        "do not have equally many": (lab7.best_caption, lambda s, c: s.view(len(c), -1, len(c)).amax(1).T),
+        "start from -inf": (lab7.best_caption, from_zero),
         "you have room for one place too many": (lab7.recall_at, sorted_place),
         "That is video-to-text": (lab7.recall_at, by_columns),
         "Only the rows are there": (lab7.symmetric_loss, one_direction),
