@@ -349,6 +349,13 @@ def test_fast_clips_are_those_on_disk_but_for_compression():
     assert (a - b).abs().mean() < 6
 
 
+def assert_said(answers):
+    """answers: {what the check must say: (exercise, a student's wrong answer)}"""
+    for sentence, (exercise, answer) in answers.items():
+        verdict = exercise.verdict(answer)
+        assert sentence.lower() in verdict.lower(), (sentence, verdict)
+
+
 def test_lab_6_names_the_mistakes_of_students():
     from colab.checks import lab6
 
@@ -438,8 +445,7 @@ def test_lab_6_names_the_mistakes_of_students():
         ),
         "Return two things": (lab6.mirrors, lambda v, y: torch.cat([v, v.flip(1)])),
     }
-    for sentence, (exercise, answer) in answers.items():
-        assert sentence.lower() in exercise.verdict(answer).lower(), (sentence, exercise.verdict(answer))
+    assert_said(answers)
 
 
 def test_the_picture_of_the_four_methods_is_that_of_the_lab():
@@ -597,8 +603,7 @@ def test_lab_3_names_the_mistakes_of_students():
         "not k / 2": (lab3.frames_seen, lambda n, k: 1 + 2 * n * k / 2),
         "cut the number off at its 8 frames": (lab3.frames_seen, lambda n, k: min(1 + n * (k - 1), 8)),
     }
-    for sentence, (exercise, answer) in answers.items():
-        assert sentence.lower() in exercise.verdict(answer).lower(), (sentence, exercise.verdict(answer))
+    assert_said(answers)
 
     def in_place_and_right(x, weight, bias):
         x.copy_(lab3.convolution(x, weight, bias))
@@ -646,8 +651,7 @@ def test_lab_4_names_the_mistakes_of_students():
         "the budget is 6": (lab4.choose_offsets, lambda: [-4, 1, 4]),
         "and you gave 4 offsets": (lab4.choose_offsets, lambda: [-1, 0, 1, 2]),
     }
-    for sentence, (exercise, answer) in answers.items():
-        assert sentence.lower() in exercise.verdict(answer).lower()
+    assert_said(answers)
 
 
 def test_lab_5_names_the_mistakes_of_students():
@@ -745,8 +749,7 @@ def test_lab_5_names_the_mistakes_of_students():
             lambda width, known: width * (max(known.values()) - min(known.values())) / (max(known) - min(known)),
         ),
     }
-    for sentence, (exercise, answer) in answers.items():
-        assert sentence.lower() in exercise.verdict(answer).lower()
+    assert_said(answers)
 
 
 def test_lab_7_names_the_mistakes_of_students():
@@ -834,8 +837,7 @@ def test_lab_7_names_the_mistakes_of_students():
             lambda s, c: torch.stack([group.max(0)[0] for group in s.split(c)]),
         ),
     }
-    for sentence, (exercise, answer) in answers.items():
-        assert sentence.lower() in exercise.verdict(answer).lower(), (sentence, exercise.verdict(answer))
+    assert_said(answers)
 
 
 def test_captions_of_clips_in_memory_are_those_of_the_files():
